@@ -799,12 +799,12 @@ def test_a_card_that_is_written_anew_is_no_damage(tmp_path):
     refuse_damaged_model(folder)
 
 
-# A start that fails leaves no folder, and one that is stopped goes on.
+# A start that ends before its first step leaves no folder.
 
 
 @pytest.mark.parametrize("error", [UserError, RuntimeError, OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("is_there", [True, False], ids=["in an empty folder", "in a new one"])
-def test_a_start_that_fails_leaves_no_folder(tmp_path, error, is_there):
+def test_a_start_that_ends_leaves_no_folder(tmp_path, error, is_there):
     folder = tmp_path / "runs" / "recipe" / "run"
     if is_there:
         folder.mkdir(parents=True)
@@ -813,12 +813,9 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path, error, is_there):
         write(folder / "data.png")
         (folder / "checkpoints").mkdir()
         raise error("no")
-    if error is KeyboardInterrupt:
-        assert (folder / "run.json").is_file()
-    else:
-        assert folder.exists() == is_there
-        assert not is_there or list(folder.iterdir()) == []
-        assert (tmp_path / "runs").exists() == is_there
+    assert folder.exists() == is_there
+    assert not is_there or list(folder.iterdir()) == []
+    assert (tmp_path / "runs").exists() == is_there
 
 
 @pytest.mark.parametrize("name", ["before.json", "checkpoints/checkpoint-2/w"])
@@ -830,11 +827,25 @@ def test_a_run_that_has_measured_or_stepped_keeps_its_folder(tmp_path, name):
     assert (folder / "model").is_dir()
 
 
-def test_a_failed_start_beside_a_trackers_files_can_be_repeated(tmp_path):
+def test_a_failed_start_removes_the_trackers_files_that_it_made(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(UserError), open_run(folder, CONFIG, []):
         write(folder / "wandb" / "log.txt")
+        (folder / "wandb" / "latest-run").symlink_to(tmp_path)
         raise UserError("no")
-    assert state_of(folder).keys() == {MARKER, "wandb/log.txt"}
-    with open_run(folder, CONFIG | {"seed": 2}, []) as run:
-        assert run.state == "new" and run.foreign == ["wandb/log.txt"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_start_beside_other_files_can_be_repeated(tmp_path):
+    folder = tmp_path / "run"
+    with open_run(folder, CONFIG, []):
+        write(folder / "wandb" / "log.txt")
+    with pytest.raises(UserError), open_run(folder, CONFIG, [], overwrite=True):
+        write(folder / "wandb" / "more.txt")
+        write(folder / "notes.txt")
+        raise UserError("no")
+    there = {MARKER, "config.yaml", "overrides.yaml", "wandb/log.txt", "wandb/more.txt"}
+    assert state_of(folder).keys() == {*there, "notes.txt"}
+    with open_run(folder, CONFIG | {"seed": 2}, [], overwrite=True) as run:
+        assert run.state == "new"
+        assert set(run.foreign) == {"wandb/log.txt", "wandb/more.txt", "notes.txt"}

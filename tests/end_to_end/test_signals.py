@@ -115,12 +115,7 @@ def test_a_run_that_waits_for_its_first_step_ends_at_once(forks, tiny):
     began = time.monotonic()
     assert forks.run(tiny, *words(tiny), "output_dir=early", signals=signals) == 75
     assert time.monotonic() - began < 60
-    assert record(tiny / "early")["status"] == "stopped"
-    assert not (tiny / "early" / "checkpoints").exists() or not list(
-        (tiny / "early" / "checkpoints").glob("checkpoint-*")
-    )
-    # With other settings the folder is as good as new.
-    assert forks.run(tiny, *words(tiny, max_steps=1), "seed=7", "output_dir=early") == 0
+    assert not (tiny / "early").exists()
 
 
 def test_two_runs_at_once_in_one_directory(forks, tiny):

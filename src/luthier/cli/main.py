@@ -58,6 +58,11 @@ COMMANDS = {
         "encode the dataset into the cache, ahead",
         "luthier.cli.prepare:run",
     ),
+    "runs": Command(
+        "runs [FOLDER]",
+        "the runs and sweeps that are here, the newest first",
+        "luthier.cli.runs:run",
+    ),
     "show": Command("show RUN", "what made a run, and what came out", "luthier.cli.show:run"),
     "diff": Command(
         "diff RUN RUN", "what differs between two runs, group by group", "luthier.cli.diff:run"

@@ -16,6 +16,7 @@ checkpoints/    the trainer's checkpoints
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -72,8 +73,11 @@ WRITTEN_FILES = WrittenFiles(
     folders=("model", ".model.old", "checkpoints/checkpoint-*"),
     temporary=(".model.tmp", "checkpoints/.new", "checkpoints/.checkpoint-*.old"),
 )
-"""What luthier writes into a run's directory. Trackers' own stores (wandb, mlflow) hold several
-runs, and merged models are another command's: both stay where a run is replaced."""
+"""What luthier writes into a run's directory. Trackers' own stores hold several runs, and merged
+models are another command's: both stay where a run is replaced."""
+TRACKER_STORES = ("wandb", "mlflow")
+"""Folders that trackers make; they go with a start that ends before its first step, if it made
+them."""
 REPLACED = ".replaced"
 """The folder of a run's directory with the run that is replaced, until the new one has begun."""
 _COMPLETE = ".complete"
@@ -109,10 +113,11 @@ def open_run(
     """Hold a run's directory for this process, ready to train in for as long as the block runs.
 
     `resolved` is the whole config and `overrides` is what was typed; both are written, unless the
-    folder holds this very run finished. What others put there stays. A new run that fails before
-    its first step leaves nothing, and an earlier run that it would have replaced is back in its
-    place. Raises UserError where `inspect_run` does, where another process has the folder, where
-    it cannot be written, and where a finished run is to become longer and has no checkpoint.
+    folder holds this very run finished. What others put there stays. A new run that ends before
+    its first step, by an error or by a signal, leaves nothing, and an earlier run that it would
+    have replaced is back in its place. Raises UserError where `inspect_run` does, where another
+    process has the folder, where it cannot be written, and where a finished run is to become longer
+    and has no checkpoint.
     """
     _refuse_foreign_folder(folder)
     # Behind the refusal, since taking the lock writes a file into the folder.
@@ -121,12 +126,14 @@ def open_run(
         run = inspect_run(folder, resolved, overwrite)
         if run.state == "new":
             run = replace(run, foreign=_set_earlier_run_aside(folder))
+        new_stores = [name for name in TRACKER_STORES if not os.path.lexists(folder / name)]
         try:
             yield _prepare_folder(run, resolved, overrides)
-        except Exception:
-            # Signals are no Exceptions: a run that was asked to stop goes on, and has a record.
+        except BaseException:
+            # Signals are no Exceptions, and leave no more behind than an error does.
             if run.state == "new" and not (folder / checkpoints.START_FILE).exists():
                 with suppress(OSError):  # on a full or forbidden disk this may fail, too
+                    remove_written(folder, WrittenFiles((), temporary=tuple(new_stores)))
                     _remove_failed_start(folder)
             raise
         discard_replaced_run(folder)
@@ -408,10 +415,10 @@ def _restore_replaced_run(folder: Path) -> None:
 
 
 def _remove_failed_start(folder: Path) -> None:
-    """Remove what a run wrote that failed before its first step, and restore the one before it."""
+    """Remove what a run wrote that ended before its first step, and restore the one before it."""
     remove_written(folder, WRITTEN_FILES)
     _restore_replaced_run(folder)
-    # Files of others, such as those of a tracker, stay, and so does what makes it a run.
+    # Files of others stay, and so does what makes it a run.
     if not list_remaining_files(folder, (lock.LOCK_FILE, MARKER)):
         (folder / MARKER).unlink(missing_ok=True)
 

@@ -56,13 +56,22 @@ def run(loaded: "LoadedConfig", after_save: "AfterSave | None" = None) -> int:
         try:
             code = _check_and_train(loaded, folder, after_save)
         except StoppedBySignal as stopped:
-            print(f"\nstopped by {stopped}; the same command begins again", file=sys.stderr)
+            print(f"\n{_describe_early_stop(stopped, folder)}", file=sys.stderr)
             code = STOPPED_EXIT_CODE
         except Exception as error:
             write_exit_code(error.exit_code if isinstance(error, UserError) else 1)
             raise
     write_exit_code(code)
     return code
+
+
+def _describe_early_stop(stopped: StoppedBySignal, folder: Path) -> str:
+    """Return what to do after a signal that came where no step was being taken."""
+    newest = list_checkpoints(folder / "checkpoints")[-1:]
+    if newest:
+        _, path = newest[0]
+        return f"Stopped by {stopped}. Run the same command to resume from {path}."
+    return f"Stopped by {stopped} before the first step: nothing was saved."
 
 
 def check_before_torch(config: RunConfig) -> data.DatasetSources:
