@@ -28,7 +28,7 @@ COMMAND_LINE = CommandLine(
     "  luthier runs\n  luthier runs runs/quickstart\n  luthier runs --json | jq '.[0].folder'\n",
 )
 _SWEEP_FILE = "sweep.json"
-_LOSSES = ("eval_loss", "held_out_loss", "eval_reward", "loss", "reward")
+_LOSSES = ("eval_loss", "eval_reward", "loss", "reward")
 """Results and logged numbers that stand for a run without metrics, the first one that is there."""
 _UNREADABLE = (UserError, OSError, ValueError, TypeError, KeyError, AttributeError)
 """What reading a damaged folder may end in; the folder is listed all the same."""
@@ -211,7 +211,9 @@ def print_summaries(summaries: list[RunSummary], folder: Path) -> None:
     else:
         for row in rows:
             print(row[0])
-            print(f"    {_line(row[1:], widths[1:])}")
+            steps = f"step {row[3]}" if row[3].replace(",", "").isdigit() else row[3]
+            cells = (row[1], row[2], steps, *row[4:])
+            print(f"    {_line(cells, [*widths[1:3], widths[3] + len('step '), *widths[4:]])}")
     for summary in summaries:
         if summary.problem:
             print(f"\n{printable(summary.folder)} is damaged: {printable(summary.problem)}")
