@@ -90,7 +90,7 @@ def test_a_terminal_of_80_columns_cuts_no_number(runs):
     environ = os.environ | {"COLUMNS": "80", "TERM": "xterm"}
     subprocess.run([sys.executable, "-c", code], stdout=side, env=environ, check=True)
     text = os.read(main, 100_000).decode().replace("\r\n", "\n")
-    assert f"quickstart/{NAME}\n    finished" in text
+    assert f"quickstart/{NAME}  finished\n    2026-11-29 " in text
     assert text.count("exact_match 0 -> 0.85") == 2 and "step 2,000" in text
     assert max(map(len, text.splitlines())) <= 80
 

@@ -210,10 +210,10 @@ def print_summaries(summaries: list[RunSummary], folder: Path) -> None:
             print(_line(row, widths))
     else:
         for row in rows:
-            print(row[0])
             steps = f"step {row[3]}" if row[3].replace(",", "").isdigit() else row[3]
-            cells = (row[1], row[2], steps, *row[4:])
-            print(f"    {_line(cells, [*widths[1:3], widths[3] + len('step '), *widths[4:]])}")
+            print(f"{row[0]}  {row[1]}")
+            cells = (row[2], steps, *row[4:])
+            print(f"    {_line(cells, [widths[2], widths[3] + len('step '), *widths[4:]])}")
     for summary in summaries:
         if summary.problem:
             print(f"\n{printable(summary.folder)} is damaged: {printable(summary.problem)}")
