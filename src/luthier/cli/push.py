@@ -120,7 +120,7 @@ def _told(artifact: Artifact, target: str, parsed: ParsedArguments) -> ModelFact
 def _add_what_the_run_has(upload_plan: UploadPlan, artifact: Artifact) -> None:
     """The plot, the chat settings and the processor, which a checkpoint need not hold."""
     for file in write_card.find_missing_processor(artifact):
-        upload_plan.texts.setdefault(file.name, file.read_text(encoding="utf-8"))
+        upload_plan.texts.setdefault(file.name, file.content.decode())
     plot = Path() if artifact.run is None else artifact.run / write_card.PLOT
     if plot.is_file():
         upload_plan.files.setdefault(write_card.PLOT, plot)

@@ -130,6 +130,8 @@ class ModelConfig(StrictModel):
     """Run Python code that the model repository brings. Only for repositories you have read."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to `from_pretrained`."""
+    processor: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the model's image processor, such as `{max_pixels: 401408}`; saved with it."""
     loader: str | dict[str, dict[str, Any] | None] | None = None
     """`python:file.py:function` of the path that loads the model, for what no class of
     transformers' `Auto` classes loads; null for those."""

@@ -14,7 +14,7 @@ from luthier.export.ollama import translate_template
 from luthier.export.usage_snippets import ChatFormat, serving_notes
 from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact, training_method_of
 from luthier.model.model_files import read_generation_file
-from luthier.model.processor import PROCESSOR_FILES, find_processor_files
+from luthier.model.processor import PROCESSOR_FILES, ProcessorFile, find_processor_files
 from luthier.redaction import redact_text
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
         shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
 
 
-def find_missing_processor(artifact: Artifact) -> tuple[Path, ...]:
+def find_missing_processor(artifact: Artifact) -> tuple[ProcessorFile, ...]:
     """Return the processor's files of the model that an artifact began with, which it lacks.
 
     An older luthier saved none, and others do not where they train text.

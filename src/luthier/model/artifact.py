@@ -34,6 +34,7 @@ from luthier.model.model_files import (
     read_loader,
     sharding_of,
 )
+from luthier.model.processor import find_processor_changes
 from luthier.storage import cache
 from luthier.storage.manifest import DamagedFolderError, read_manifest, verify_sizes
 from luthier.storage.sizes import read_safetensors_header
@@ -319,6 +320,9 @@ def _describe_folder(
     adapter_base = find_adapter_base(name, adapter, config, base)
     settings |= {"path": adapter_base.path, "revision": adapter_base.revision}
     settings["tokenizer"] = tokenizer or settings["tokenizer"]
+    if config is None:
+        began = ModelConfig(path=adapter_base.path, revision=adapter_base.revision)
+        settings["processor"] = find_processor_changes(began, folder)
     check_lora_shapes(name, folder, adapter, adapter_base)
     task = adapter.get("task_type") or "CAUSAL_LM"
     quantization = QuantizationSettings() if config is None else config.quantization

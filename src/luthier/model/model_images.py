@@ -73,7 +73,7 @@ class ModelImages:
     def hash_files(self) -> dict[str, str]:
         """Return the SHA-256 of each of the processor's files by its name."""
         files = find_processor_files(self._model)
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return {file.name: hashlib.sha256(file.content).hexdigest() for file in files}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_model": self._model}
@@ -88,4 +88,8 @@ def find_model_images(model: ModelConfig) -> ModelImages | None:
         # Files of llama.cpp hold the text part alone.
         return None
     reads_images = getattr(read_model_config(model), "vision_config", None) is not None
+    if model.processor and not reads_images:
+        raise UserError(
+            f"model.processor is for images, and the model {model.path} reads none. Remove it."
+        )
     return ModelImages(model) if reads_images else None

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from luthier.chat import ChatError
 from luthier.chat.images import is_image_part
 from luthier.config.schema import ModelConfig
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest_option
 from luthier.model import source
 from luthier.model.model_class import resolve_model_class
-from luthier.model.processor import has_other_inputs
+from luthier.model.processor import has_other_inputs, merge_settings
 from luthier.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -283,9 +283,34 @@ def find_vision_processor(model: ModelConfig) -> VisionProcessor | None:
             "(preprocessor_config.json or processor_config.json) are missing. Copy them from the "
             "model's repository into its folder."
         )
+    if model.processor:
+        processor.image_processor = _change_settings(processor.image_processor, model)
     processor.tokenizer = load_tokenizer(model)
     model_class = resolve_model_class(config, "CAUSAL_LM", model.trust_remote_code)
     return VisionProcessor(model, processor, config, model_class)
+
+
+def _change_settings(image_processor: Any, model: ModelConfig) -> Any:
+    """Return an image processor with the settings of `model.processor`.
+
+    Raises UserError for a setting that its class does not have, or a value that it does not take.
+    """
+    image_class = type(image_processor)
+    names = image_class.valid_kwargs.__annotations__
+    for name in model.processor:
+        if name not in names:
+            near = nearest_option(name, names)
+            hint = f" Did you mean model.processor.{near}?" if near else ""
+            raise UserError(
+                f"model.processor.{name}: is not a setting of transformers.{image_class.__name__}."
+                f"{hint} It has: {', '.join(sorted(names))}."
+            )
+    try:
+        return image_class(**merge_settings(image_processor.to_dict(), model.processor))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.processor: transformers.{image_class.__name__} does not take it: {error}"
+        ) from error
 
 
 def _hub_arguments(model: ModelConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from luthier.infer.questions import turn_text
 from luthier.model.adapters import convert_to_plain_lora
 from luthier.model.device import preserve_random_state
 from luthier.model.model_files import LOADER_FILE
-from luthier.model.processor import find_processor_files, has_other_inputs
+from luthier.model.processor import ProcessorFile, find_processor_files, has_other_inputs
 from luthier.model.response_template import choose_response_template
 from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
@@ -413,7 +413,7 @@ def _prepare_trainer(session: TrainingSession, checkpoint: Path | None) -> None:
     SIGNALS.is_deferred = True
 
 
-def _find_processor(session: TrainingSession) -> tuple[Path, ...]:
+def _find_processor(session: TrainingSession) -> tuple[ProcessorFile, ...]:
     """Return the files of the base's processor; a model of images without any is told."""
     model = session.config.model
     files = find_processor_files(model)

@@ -175,7 +175,7 @@ def test_a_step_of_one_row_has_nothing_to_estimate_from(tmp_path):
 
 def test_pairs_are_taken_apart():
     kinds = {
-        kind: ENCODER_FACTORIES["kto"](config(), tokenizer(), kind, SourceConfig(path="y"))
+        kind: ENCODER_FACTORIES["kto"](config(), tokenizer(), kind, SourceConfig(path="y"), None)
         for kind in ("unpaired", "preference")
     }
     assert type(kinds["preference"]) is PairSplittingEncoder

@@ -22,7 +22,7 @@ from luthier.errors import UserError
 from luthier.model.adapter_keys import open_adapter
 from luthier.model.device import preserve_random_state
 from luthier.model.fused_head import use_head_log_probs
-from luthier.model.processor import copy_processor_files
+from luthier.model.processor import ProcessorFile, copy_processor_files
 from luthier.record.checkpoints import COUNTERS_FILE, CheckpointLimits, copy_logs
 from luthier.storage.atomic import write_json
 from luthier.storage.typed_files import load_json
@@ -75,7 +75,7 @@ class TrainerMixin(Base):
     """The signal for which the training ended; 0 if it came to its own end."""
     run_folder: Path | None = None
     """The run's directory, whose logs each checkpoint holds; None for a trainer without one."""
-    processor_files: tuple[Path, ...] = ()
+    processor_files: tuple[ProcessorFile, ...] = ()
     """The files of the base's processor, which every saved model and checkpoint gets."""
     writing_folder: Path | None = None
     """The folder that checkpoints are written into; None between them."""
