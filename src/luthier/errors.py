@@ -12,10 +12,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from luthier.redaction import redact_message
 from luthier.terminal import printable
 
+LAUNCH_VARIABLE = "LUTHIER_LAUNCH"
+"""The environment variable in which `luthier launch` says to its processes how they were started:
+JSON with its process number, accelerate's flags and what was typed."""
 _SECONDS_TO_SPEAK = 5.0
 """How long the other processes wait, so that the first one speaks before all are ended."""
 
@@ -38,20 +42,39 @@ def report_error(error: UserError) -> int:
 
     torch's launcher stops all processes when one fails, and closes its own report with the text in
     the error file of that one: so each process leaves the text there, and the first one goes first.
+    `luthier launch` prints that text itself.
     """
     # A message shows what was typed, and an address or a header in it may hold a secret.
     text = redact_message(str(error))
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    # What only follows from the end of another process must not stand for it in the report.
-    if error_file is not None and not isinstance(error, LostProcessError):
+    is_lost, launch = isinstance(error, LostProcessError), read_own_launch()
+    # What only follows from the end of another process must not stand for it in torch's report.
+    if error_file is not None and (launch or not is_lost):
         # torch's launcher prints it, whose output nobody guards.
         note = {"message": printable(text), "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):  # the disk of this file may be the full one
-            Path(error_file).write_text(json.dumps({"message": note}), encoding="utf-8")
+            content = json.dumps({"message": note, "is_lost": is_lost})
+            Path(error_file).write_text(content, encoding="utf-8")
+            if launch:
+                return error.exit_code
     if error_file is not None and os.environ.get("RANK", "0") != "0":
         time.sleep(_SECONDS_TO_SPEAK)
     print(text, file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def read_own_launch() -> dict[str, Any] | None:
+    """Return what `luthier launch` says of this process; None where that did not start it.
+
+    That is `process`, the launcher's number, `flags` of accelerate, and `typed`, the words that
+    were typed before the overrides.
+    """
+    try:
+        launch: dict[str, Any] = json.loads(os.environ.get(LAUNCH_VARIABLE, ""))
+        # A process that a rank starts inherits the variable, and has another parent.
+        return launch if launch["process"] == os.getppid() else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 _NO_MEMORY_ERRNOS = (errno.ENOMEM,)

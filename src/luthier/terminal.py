@@ -9,6 +9,7 @@ its consoles are made here.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -86,6 +87,12 @@ def unguarded_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = guarded
+
+
+def leave_closed_pipe() -> None:
+    """Let the process end in silence where the reader of its output has seen enough."""
+    # Python must not complain when it flushes at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:

@@ -108,7 +108,10 @@ def test_quantized_weights_are_not_planned_in_slices_of_zero(on_shapes):
 SAYS = {
     "memory": (["--memory", "much"], "--memory much: write the memory of one GPU"),
     "gpus without a size": (["--gpus", "4"], "--gpus 4: this machine has no GPU."),
-    "launch file": (["--memory", "24GB", "--launch", "none.yaml"], "--launch none.yaml: cannot be"),
+    "launch file": (
+        ["--memory", "24GB", "--launch", "none.yaml"],
+        "--launch none.yaml: there is no such file",
+    ),
     "flag": (["--memry", "24GB"], "Did you mean --memory?"),
     "key": (["chat.max_lenght=3"], "Did you mean chat.max_length?"),
     "folder": (["model.path=./none"], "model.path=none: there is no such folder"),

@@ -98,7 +98,7 @@ ONE_MISTAKE = {
     "kept, model": ([Q, "model.kwargs.device_map=auto"], ["use model.device."]),
     "kept, split layers": (
         [Q, "model.kwargs.tp_plan=auto"],
-        ["model.kwargs.tp_plan: is not set here", "launch/fsdp2.yaml"],
+        ["model.kwargs.tp_plan: is not set here", "luthier launch --config fsdp2"],
     ),
     "kept, split experts": (
         [Q, "model.kwargs.distributed_config={ep_size: 2}"],

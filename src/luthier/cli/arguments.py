@@ -22,7 +22,7 @@ class Flag:
         return self.name if self.value is None else f"{self.name} {self.value}"
 
 
-TRUST = Flag("--trust", None, "let the run's folder or the recipe run code (docs/runs.md)")
+TRUST = Flag("--trust", None, "let the run's folder or the recipe run code (luthier docs runs)")
 """The flag of all commands that read a run's folder or a recipe."""
 BASE = Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was")
 """The flag of all commands that take an adapter."""

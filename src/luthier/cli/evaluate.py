@@ -136,7 +136,7 @@ def _check_decider(
     if refused:
         raise UserError(
             f"{refused[0]} is for models that write. A classifier, a tagger or a reward model is "
-            "measured by what it decides of each row; docs/evaluate.md has the numbers."
+            "measured by what it decides of each row; `luthier docs evaluate` has the numbers."
         )
 
 

@@ -1,6 +1,5 @@
 """The `luthier` command reads overrides as train.py does, and has the tools around a run."""
 
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -9,7 +8,7 @@ from typing import NamedTuple
 from luthier import __version__
 from luthier.errors import UserError, report_error
 from luthier.storage.write_errors import report_machine_error
-from luthier.terminal import guard_output
+from luthier.terminal import guard_output, leave_closed_pipe
 
 
 class Command(NamedTuple):
@@ -37,6 +36,11 @@ COMMANDS = {
         "train recipe=NAME [key=value ...]",
         "train; same as: python train.py recipe=NAME ...",
         "luthier.cli.main:train",
+    ),
+    "launch": Command(
+        "launch recipe=NAME [key=value ...]",
+        "train on several devices, by accelerate",
+        "luthier.cli.launch:run",
     ),
     "preview": Command(
         "preview recipe=NAME [key=value ...]",
@@ -112,13 +116,13 @@ COMMANDS = {
         "what is here, and whether it trains right",
         "luthier.cli.doctor:run",
     ),
+    "docs": Command("docs [PAGE]", "the documentation of this version", "luthier.cli.docs:run"),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.cli.recipes:run"
     ),
 }
 _END = """\
 
-Under several processes: accelerate launch train.py recipe=NAME ...
 More on a command:       luthier COMMAND --help
 All settings and groups: luthier train --help
 """
@@ -146,8 +150,7 @@ def main() -> None:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # The reader of a pipe has seen enough; Python must not complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_closed_pipe()
         sys.exit(0)
     except Exception as error:
         # Whatever else cannot be read or written: in words, if it is about a file.

@@ -36,7 +36,7 @@ COMMAND_LINE = CommandLine(
         BASE,
         Flag("--quantize", "FORMAT", "pack the result for serving: nf4, int8, gptq or awq"),
         Flag(
-            "--adapter-for", "SERVER", "write an adapter: vllm, or per-expert (see docs/export.md)"
+            "--adapter-for", "SERVER", "write an adapter: vllm, or per-expert (luthier docs export)"
         ),
         Flag("--no-verify", None, "do not compare logits (loading takes 4 bytes a weight)"),
         Flag("--overwrite", None, "replace a model of luthier that is in the folder"),

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.config.recipes import format_path
 from luthier.terminal import make_console, print_json
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ COMMAND_LINE = CommandLine(
             "--memory", "SIZE", "plan for GPUs of this size, such as 24GB, which need not be here"
         ),
         Flag("--gpus", "N", "for so many GPUs; each way of sharing the work gets a column"),
-        Flag("--launch", "FILE", "for this config file of accelerate, such as launch/fsdp2.yaml"),
+        Flag("--launch", "NAME|FILE", "for this config of `luthier launch`, such as fsdp2"),
         Flag("--json", None, "one JSON object, for machines"),
         TRUST,
     ),
     "  luthier plan recipe=quickstart\n"
     "  luthier plan recipe=qlora_llama --memory 24GB\n"
     "  luthier plan recipe=full_smollm2 --memory 24GB --gpus 4\n"
-    "  luthier plan recipe=lora_qwen --memory 80GB --launch launch/fsdp2.yaml\n",
+    "  luthier plan recipe=lora_qwen --memory 80GB --launch fsdp2\n",
 )
 
 
@@ -83,7 +84,7 @@ def plan_and_advise(
         if config.quantization.is_enabled and any(each.kind == "zero3" for each in shardings):
             raise UserError(
                 "quantization: weights of 4 or 8 bits do not train under DeepSpeed ZeRO-3.\n"
-                "Instead: --launch launch/zero2.yaml, or launch/ddp.yaml."
+                "Instead: --launch zero2, or --launch ddp."
             )
         if any(sharding.kind == "fsdp2" for sharding in shardings):
             check_fsdp_config(config)
@@ -151,13 +152,13 @@ def plan_as_values(memory_plan: "MemoryPlan", advice: "list[Advice]") -> dict[st
 
 def _imagined(parsed: ParsedArguments) -> "Hardware | None":
     """Return the GPUs that the flags describe, None for this machine's; UserError if wrong."""
-    from luthier.memory import sharding, workload
+    from luthier.memory import workload
 
     size = parsed.texts.get("--memory")
     file = parsed.texts.get("--launch")
     number = parsed.numbers.get("--gpus")
     if file is not None:
-        number = sharding.read_sharding(file, number).processes
+        number = _read_sharding(file, number).processes
     return (
         workload.hypothetical_gpus(workload.parse_size(size, "--memory"), number or 1)
         if size
@@ -166,10 +167,15 @@ def _imagined(parsed: ParsedArguments) -> "Hardware | None":
 
 
 def _shardings(parsed: ParsedArguments) -> "list[Sharding]":
-    from luthier.memory import sharding
-
     file = parsed.texts.get("--launch")
-    return [sharding.read_sharding(file, parsed.numbers.get("--gpus"))] if file else []
+    return [_read_sharding(file, parsed.numbers.get("--gpus"))] if file else []
+
+
+def _read_sharding(name: str, processes: int | None) -> "Sharding":
+    from luthier.memory.sharding import read_sharding
+    from luthier.train.launch.request import find_launch_file
+
+    return read_sharding(format_path(find_launch_file(name, "--launch")), processes)
 
 
 def _this_machine(

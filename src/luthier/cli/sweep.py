@@ -3,7 +3,6 @@
 # Only what is light is imported here: `luthier.sweep.results` brings numpy and the tables bring
 # rich, and a mistake in the configuration must be reported before either is loaded.
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,7 +165,7 @@ COMMAND_LINE = CommandLine(
     "sweep",
     "luthier sweep FOLDER\n\n"
     "Shows the trials of a sweep, the best first, while it runs or afterwards. FOLDER is what\n"
-    "`python train.py -m ...` printed; runs/RECIPE/sweeps/NAME where none was typed.",
+    "`luthier train -m ...` printed; runs/RECIPE/sweeps/NAME where none was typed.",
     (),
     "  luthier sweep runs/quickstart/sweeps/r-8-16-32-1f0e9a\n",
 )
@@ -185,6 +184,7 @@ def run(arguments: list[str]) -> int:
     from luthier.sweep.progress import summary_line
     from luthier.sweep.results import print_errors
     from luthier.sweep.sweep_plan import is_running
+    from luthier.train.launch.request import format_train_command
 
     folder = on_disk.TrialFolder(Path(folders[0]))
     definition = folder.read_definition()
@@ -209,9 +209,8 @@ def run(arguments: list[str]) -> int:
     print_errors(trials, console)
     left = definition["total"] > len(trials) or any(not trial.is_ended for trial in trials)
     if left and not running:
-        # Quoted, because values such as `[a, b]` mean something to a shell.
-        typed = shlex.join(definition["words"])
-        console.print(f"\ngo on with  python train.py -m {typed}", markup=False, soft_wrap=True)
+        command = format_train_command("-m", *definition["words"])
+        console.print(f"\nTo resume: {command}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -18,26 +18,19 @@ from luthier.config.schema import GROUPS
 from luthier.errors import UserError, nearest_option
 from luthier.redaction import redact, remember_secrets
 from luthier.storage.write_errors import report_machine_error
-from luthier.terminal import guard_output, print_yaml
+from luthier.terminal import guard_output, leave_closed_pipe, print_yaml
 
 # Columns of what `--help` prints.
 _WIDTH = 100
 
-_HELP_TOP = """\
-luthier turns a recipe into a fine-tuned language model.
-
-  python train.py recipe=NAME [group=option ...] [key=value ...]
-  accelerate launch train.py recipe=NAME ...        the same on several devices
-
-Examples
-  python train.py recipe=quickstart                      a real model on any machine, in minutes
-  python train.py recipe=quickstart dry_run=true         everything up to the first step
-  python train.py recipe=quickstart lora.r=8 trainer.args.learning_rate=5e-4
-  python train.py recipe=qlora_llama dataset=jsonl dataset.path=my.jsonl
-  python train.py model=hub model.path=Qwen/Qwen3-0.6B dataset=jsonl dataset.path=my.jsonl
-  python train.py -m recipe=quickstart lora.r=8,16,32    a sweep: every value is a run
-"""
-
+_EXAMPLES = {
+    "recipe=quickstart": "a real model on any machine, in minutes",
+    "recipe=quickstart dry_run=true": "everything up to the first step",
+    "recipe=quickstart lora.r=8 trainer.args.learning_rate=5e-4": "",
+    "recipe=qlora_llama dataset=jsonl dataset.path=my.jsonl": "",
+    "model=hub model.path=Qwen/Qwen3-0.6B dataset=jsonl dataset.path=my.jsonl": "",
+    "-m recipe=quickstart lora.r=8,16,32": "a sweep: every value is a run",
+}
 _HELP_BOTTOM = """\
 Settings of the libraries, by their own names
   trainer.args.NAME   trl.SFTConfig            lora.NAME          peft.LoraConfig
@@ -48,11 +41,11 @@ Sweeps (-m): every combination of values is tried; how it is done
   hydra/launcher=NAME basic or submitit_slurm      hydra.launcher.NAME  its settings
 
 Flags
-  -m, --multirun           a sweep (docs/sweeps.md)
+  -m, --multirun           a sweep (luthier docs sweeps)
   --cfg job --resolve      print the whole configuration and stop (-p GROUP: a part of it)
   --info searchpath        where config groups and recipes are looked for
   --info defaults-tree     which file includes which
-  --trust                  let a recipe run code that is not in this project (docs/runs.md)
+  --trust                  let a recipe run code that is not in this project (luthier docs runs)
   --version                luthier's version
 
 Your own files: ./conf/GROUP/NAME.yaml is group=NAME; ./recipes/NAME.yaml is recipe=NAME."""
@@ -60,7 +53,20 @@ Your own files: ./conf/GROUP/NAME.yaml is group=NAME; ./recipes/NAME.yaml is rec
 
 def help_text() -> str:
     """Return the page that `--help` prints."""
-    lines = [_HELP_TOP, "Recipes"]
+    from luthier.train.launch.request import format_train_command
+
+    start = format_train_command()
+    lines = [
+        "luthier turns a recipe into a fine-tuned language model.",
+        "",
+        f"  {start} recipe=NAME [group=option ...] [key=value ...]",
+        "  luthier launch recipe=NAME ...        the same on several devices",
+        "",
+        "Examples",
+    ]
+    width = max(len(words) for words, about in _EXAMPLES.items() if about) + 3
+    lines += [f"  {start} {words:<{width}}{about}".rstrip() for words, about in _EXAMPLES.items()]
+    lines += ["", "Recipes"]
     lines += _help_table({recipe.name: recipe.header for recipe in list_recipes()})
     lines += ["", "Groups and their options"]
     for group in GROUPS:
@@ -69,7 +75,7 @@ def help_text() -> str:
             for name, path in list_options(group).items()
         }
         lines += _help_table(headers)
-    lines += ["", "Your own code, as python:module.name or python:file.py:name (docs/code.md)"]
+    lines += ["", "Your own code, as python:module.name or python:file.py:name (luthier docs code)"]
     lines += _help_table({name: setting.summary for name, setting in CODE_SETTINGS.items()})
     return "\n".join([*lines, "", _HELP_BOTTOM])
 
@@ -137,6 +143,11 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
+    except BrokenPipeError:
+        if not arguments.flags:  # a run is not over because nobody reads what it prints
+            raise
+        leave_closed_pipe()
+        return 0
     except Exception as error:
         # Whatever cannot be read or written, or has no memory: in words; others are raised again.
         return report_machine_error(error)

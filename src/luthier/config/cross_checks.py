@@ -177,7 +177,7 @@ def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
             _REWARDS,
             f"trainer.method={method} needs at least one, such as "
             f"{format_override(_REWARDS, ['exact_match'])} or "
-            f"{format_override(_REWARDS, [{'length': {'max': 300}}])} (docs/metrics.md).",
+            f"{format_override(_REWARDS, [{'length': {'max': 300}}])} (luthier docs metrics).",
         )
     elif rewards and not facts.uses_rewards:
         takers = " or ".join(

@@ -146,9 +146,7 @@ _SAME_VALUE = {
 """Key of luthier -> its names elsewhere, where the value stays as it is."""
 
 _OFF = {"false": "", "none": ""}
-_IN_CARE_OF_LAUNCH = (
-    "Start the run with accelerate launch --config_file launch/{} (docs/launch.md)."
-)
+_IN_CARE_OF_LAUNCH = "Start the run with luthier launch --config {} (luthier docs launch)."
 _PUSH = "Upload a finished run with luthier push RUN --to OWNER/NAME."
 
 _SWITCHES = {
@@ -319,23 +317,23 @@ _DIFFERENT: tuple[tuple[str, ForeignSetting], ...] = (
         "datasets test_datasets",
         ForeignSetting(
             note="One source is dataset=files dataset.path=PATH (on the hub dataset=hub); "
-            "several are dataset=mixture dataset.sources.NAME.path=PATH (docs/mixtures.md).",
+            "several are dataset=mixture dataset.sources.NAME.path=PATH (luthier docs mixtures).",
         ),
     ),
     (
         "device_map",
         ForeignSetting(
             values={"auto": "", "none": ""},
-            note="One process uses one device, model.device; for several, use accelerate launch.",
+            note="One process uses one device, model.device; for several, use luthier launch.",
         ),
     ),
     (
         "deepspeed",
-        ForeignSetting(values=_OFF, note=_IN_CARE_OF_LAUNCH.format("zero2.yaml")),
+        ForeignSetting(values=_OFF, note=_IN_CARE_OF_LAUNCH.format("zero2")),
     ),
     (
         "fsdp fsdp_config fsdp_version",
-        ForeignSetting(values=_OFF, note=_IN_CARE_OF_LAUNCH.format("fsdp2.yaml")),
+        ForeignSetting(values=_OFF, note=_IN_CARE_OF_LAUNCH.format("fsdp2")),
     ),
     (
         "push_to_hub hub_model_id hub_strategy",

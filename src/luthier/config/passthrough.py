@@ -70,10 +70,9 @@ _HUB_SETTINGS = (
 )  # fmt: skip
 _SPLIT = (
     "luthier's batches and loss are for processes with rows of their own, so layers and experts "
-    "are not split; a model too big for one GPU: accelerate launch --config_file launch/fsdp2.yaml "
-    "train.py recipe=NAME"
+    "are not split; a model too big for one GPU: luthier launch --config fsdp2 recipe=NAME"
 )
-_LAUNCH = "it belongs to the launch: accelerate launch --config_file launch/{} train.py recipe=NAME"
+_LAUNCH = "it belongs to the launch: luthier launch --config {} recipe=NAME"
 _IGNORED = "the trainer does not read it; remove it"
 _DTYPES = ("float32", "bfloat16", "float16")
 _LOSS = "it adds a loss of its own, which luthier's losses leave out; remove it"
@@ -128,11 +127,11 @@ PASS_THROUGH_KEYS = (
             "run_name": "use tracker.wandb.name",
             "hub_token": _LOGIN,
             **dict.fromkeys(_HUB_SETTINGS, _PUSH),
-            "deepspeed": _LAUNCH.format("zero2.yaml"),
-            "fsdp": _LAUNCH.format("fsdp2.yaml"),
-            "fsdp_config": _LAUNCH.format("fsdp2.yaml"),
-            "parallelism_config": _LAUNCH.format("fsdp2.yaml"),
-            "local_rank": "`accelerate launch` sets it",
+            "deepspeed": _LAUNCH.format("zero2"),
+            "fsdp": _LAUNCH.format("fsdp2"),
+            "fsdp_config": _LAUNCH.format("fsdp2"),
+            "parallelism_config": _LAUNCH.format("fsdp2"),
+            "local_rank": "the launcher sets it",
             "do_train": _IGNORED,
             "do_eval": _IGNORED,
             "do_predict": _IGNORED,

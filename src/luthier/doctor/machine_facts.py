@@ -357,7 +357,7 @@ def _launch_advice(device_type: str, gpus: int) -> str:
     """Return how to start a run on all devices of this machine."""
     if gpus > 1:
         return (
-            f"launch/ddp.yaml with --num_processes {gpus}; launch/fsdp2.yaml for a model that is "
-            "too large for one GPU"
+            f"luthier launch: {gpus} processes; --config fsdp2 for a model that is too large for "
+            "one GPU"
         )
-    return "python train.py: one process" + (", all cores" if device_type == "cpu" else "")
+    return "luthier train: one process" + (", all cores" if device_type == "cpu" else "")

@@ -265,7 +265,7 @@ def _launches() -> Iterator[TrainingPath]:
         "fsdp2",
         _FLOAT32,
         _float32(),
-        "train with launch/ddp.yaml, or on one device",
+        "train with `luthier launch --config ddp`, or on one device",
         processes=2,
         launch=shared | {"distributed_type": "FSDP", "gpu_ids": "all", "fsdp_config": fsdp},
         missing=missing,

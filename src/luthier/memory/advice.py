@@ -151,7 +151,7 @@ def _advise_more_gpus(config: RunConfig, plan: MemoryPlan) -> list[Advice]:
         sharding, images = Sharding("fsdp2", count), plan.workload.images
         sharded = plan_memory(config, hardware, [sharding], images)
         if sharded.fits or count == USUAL_GPU_COUNTS[-1]:
-            text = f"{count} GPUs: --config_file launch/fsdp2.yaml --num_processes {count}"
+            text = f"{count} GPUs: luthier launch --config fsdp2 --num_processes {count}"
             price = "GPUs that wait for each other"
             return [Advice(text, price, sharded.best.total, sharded.fits)]
     return []

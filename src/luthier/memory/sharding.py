@@ -212,7 +212,7 @@ def read_sharding(file: str, processes: int | None = None) -> Sharding:
         if split is not None:
             problem = f"{split}: {sizes[split]} (a run refuses it)"
         elif int(settings.get("fsdp_version") or 1) != 2:
-            problem = "fsdp_version: 1 (luthier's own file is launch/fsdp2.yaml)"
+            problem = "fsdp_version: 1 (luthier's own file is fsdp2)"
         else:
             return Sharding(
                 "fsdp2",

@@ -106,7 +106,7 @@ def environment_without_rank(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: text
         for name, text in environ.items()
-        if name not in _OF_A_RANK and not name.startswith("TORCHELASTIC_")
+        if name not in _OF_A_RANK and not name.startswith(("TORCHELASTIC_", "PET_"))
     }
 
 

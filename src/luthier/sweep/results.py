@@ -1,7 +1,8 @@
-"""The best trial as a recipe: what `train.py recipe=` takes, equal to the trial's configuration."""
+"""The best trial as a recipe: what `recipe=` takes, equal to the trial's configuration."""
 
 import math
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from luthier.sweep.page import write_page
 from luthier.sweep.plots import draw_plots, importance_hint
 from luthier.sweep.sweep_plan import SweepPlan
 from luthier.sweep.trials import Trial, best_trial, format_number, trial_table, write_csv
+from luthier.train.launch.request import format_train_command
 
 _NOT_OF_A_RECIPE = NEUTRAL_KEYS
 _ABSENT = object()
@@ -62,7 +64,8 @@ def write_recipe(planned: SweepPlan, trial: Trial, name: str, count: int) -> Pat
 
 def train_command(planned: SweepPlan, name: str) -> str:
     """Return what to type to train with the recipe."""
-    return f"LUTHIER_RECIPES={planned.folder.path / 'recipes'} python train.py recipe={name}"
+    folder = shlex.quote(str(planned.folder.path / "recipes"))
+    return f"LUTHIER_RECIPES={folder} {format_train_command(f'recipe={name}')}"
 
 
 def parameter_names(planned: SweepPlan, leaders: Sequence[Trial]) -> dict[int, str]:

@@ -95,7 +95,7 @@ _WORDS = {
     "objective": "Write a name, a list of names, or {NAME: minimize, OTHER: maximize}.",
     "on_failure": "Write continue or stop.",
     "retry_failed": "Write true or false; Optuna draws other points instead.",
-    "accelerate": "Write flags of `accelerate launch`, such as '--config_file launch/ddp.yaml'.",
+    "accelerate": "Write flags of `accelerate launch`, such as '--multi_gpu --num_processes 2'.",
 }
 
 

@@ -168,7 +168,7 @@ def refuse_idle_processes(rows: Any, plan: BatchingSettings, processes: int) -> 
         raise UserError(
             f"{processes} processes train together, but there are {count} {name} to train on, so "
             f"{processes - count} of them would never train.\nStart at most {count} "
-            "(--num_processes of accelerate launch), or add rows."
+            "(--num_processes of the launcher), or add rows."
         )
 
 

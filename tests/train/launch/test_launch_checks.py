@@ -126,7 +126,7 @@ def test_no_false_alarm(ask, words, file, environ):
                 RANK,
                 [
                     f"{kind} parallelism was asked for (`parallelism_config_{key}: 2` in asked",
-                    "Instead: --config_file launch/fsdp2.yaml",
+                    "Instead: luthier launch --config fsdp2",
                 ],
                 id=key,
             )

@@ -39,7 +39,7 @@ def describe_no_format(detection: DetectionInput, variants: Sequence[FormatVaria
     advice = (
         f"Map its columns, such as {detection.key}.columns.prompt=NAME "
         f"{detection.key}.columns.completion=NAME with the names that stand above; "
-        "docs/formats.md has all types."
+        "`luthier docs formats` has all types."
     )
     return "\n".join(
         [
@@ -204,7 +204,7 @@ def describe_unfitting_keys(detection: DetectionInput, names: Sequence[str]) -> 
     """Return the text for keys of `columns` that belong to different types."""
     return (
         f"{detection.key}.columns maps {' and '.join(names)}, and no type has all of these. "
-        "docs/formats.md says which type has which columns."
+        "`luthier docs formats` says which type has which columns."
     )
 
 

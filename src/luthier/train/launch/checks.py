@@ -42,7 +42,7 @@ _PARALLELISM = {
 }
 """Sizes of `parallelism_config` that are refused -> the kind's name, and why."""
 _WITHOUT_PARALLELISM = (
-    "--config_file launch/fsdp2.yaml slices the weights of a model that is too big for one GPU, "
+    "luthier launch --config fsdp2 slices the weights of a model that is too big for one GPU, "
     "and trainer.args.activation_checkpointing=true makes room for long rows."
 )
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
@@ -79,6 +79,18 @@ def check_launch_request(args: TrainerArgs | None = None) -> None:
     _refuse_other_count(request, os.environ)
     if args is not None:
         refuse_recipe_conflicts(request, args)
+
+
+def check_planned_launch(request: LaunchRequest, args: TrainerArgs) -> None:
+    """Stop, before any process is started, at a launch that each of them would refuse.
+
+    Raises UserError for keys that accelerate would ignore, for sharding together with the CPU, for
+    kinds of parallelism that luthier does not train, and for settings that contradict the recipe's.
+    """
+    _refuse_unknown_keys(request)
+    _refuse_parallelism(request)
+    _refuse_sharding_on_cpu(request)
+    refuse_recipe_conflicts(request, args)
 
 
 def refuse_changed_launch(folder: Path) -> None:
@@ -202,7 +214,7 @@ def _refuse_sharding_on_cpu(request: LaunchRequest) -> None:
     raise UserError(
         f"{name} ({request.set_by['distributed']}) and the CPU ({request.set_by['use_cpu']}) were "
         f"both asked for: on the CPU, accelerate would train without {name}.\nInstead: leave the "
-        "CPU setting out, or use --config_file launch/cpu.yaml or launch/cpu_ddp.yaml."
+        "CPU setting out, or use luthier launch --config cpu or --config cpu_ddp."
     )
 
 
@@ -214,8 +226,8 @@ def _refuse_other_count(request: LaunchRequest, environ: Mapping[str, str]) -> N
     raise UserError(
         f"{_count_phrase(request.num_processes)} asked for ({request.set_by['num_processes']}), "
         f"but {running} would train together: {_explain_other_count(request, running)}.\nInstead: "
-        f"accelerate launch --config_file launch/cpu_ddp.yaml --num_processes "
-        f"{request.num_processes} ... on CPUs, launch/ddp.yaml on GPUs."
+        f"luthier launch --config cpu_ddp --num_processes {request.num_processes} ... on CPUs, "
+        "--config ddp on GPUs."
     )
 
 
@@ -261,8 +273,7 @@ def _refuse_fsdp_without_gpu(
         raise UserError(
             f"FSDP was asked for ({request.set_by['distributed']}), but there is no GPU here for "
             "it, and accelerate would train without sharding.\nInstead: the same command on "
-            "a machine with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this "
-            "one."
+            "a machine with GPUs, or luthier launch --config cpu or --config cpu_ddp on this one."
         )
 
 
@@ -277,8 +288,7 @@ def _refuse_zero_without_gpu(
         raise UserError(
             f"DeepSpeed was asked for ({request.set_by['distributed']}), but there is no GPU here "
             "for it, and accelerate would train without it.\nInstead: the same command on "
-            "a machine with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this "
-            "one."
+            "a machine with GPUs, or luthier launch --config cpu or --config cpu_ddp on this one."
         )
 
 
@@ -291,9 +301,9 @@ def _refuse_training_alone(
         return
     raise UserError(
         f"{_count_phrase(started)} started together, but each would train alone: accelerate joins "
-        "processes on a machine without GPU only where the CPU is asked for.\nInstead: accelerate "
-        f"launch --config_file launch/cpu_ddp.yaml --num_processes {started} ..., or put "
-        "ACCELERATE_USE_CPU=true before the command."
+        "processes on a machine without GPU only where the CPU is asked for.\nInstead: luthier "
+        f"launch --config cpu_ddp --num_processes {started} ..., or put ACCELERATE_USE_CPU=true "
+        "before the command."
     )
 
 
@@ -319,8 +329,8 @@ def _refuse_data_parallel(training_args: "TrainingArguments") -> None:
         raise UserError(
             "One process runs, and transformers would split each batch over the "
             f"{training_args.n_gpu} GPUs that it sees (DataParallel), with as many times the batch."
-            "\nInstead: CUDA_VISIBLE_DEVICES=0 or --config_file launch/single_gpu.yaml for one "
-            "GPU, --config_file launch/ddp.yaml for all of them."
+            "\nInstead: luthier launch --config single_gpu (CUDA_VISIBLE_DEVICES=0) for one GPU, "
+            "--config ddp for all of them."
         )
 
 
@@ -357,8 +367,8 @@ def _refuse_other_sharding(request: LaunchRequest, facts: LaunchFacts) -> None:
     if not facts["sharding"].startswith(sharding):
         raise UserError(
             f"{sharding} was asked for ({origin}), but {facts['sharding']} runs.\n"
-            "Instead: --config_file launch/fsdp2.yaml, launch/zero2.yaml or launch/zero3.yaml, "
-            "without other settings of the launcher."
+            "Instead: luthier launch --config fsdp2, zero2 or zero3, without other settings of the "
+            "launcher."
         )
 
 

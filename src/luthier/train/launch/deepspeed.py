@@ -46,7 +46,7 @@ def check_zero_settings(
         raise UserError(
             f"trainer.optimizer.name={config.trainer.optimizer_name}: DeepSpeed lays all weights "
             "into one vector, of which Muon cannot train matrices, and own optimizers are not "
-            "tried.\nInstead: --config_file launch/ddp.yaml, or a name of trainer.args.optim."
+            "tried.\nInstead: luthier launch --config ddp, or a name of trainer.args.optim."
         )
     split = plugin.deepspeed_config.get("tensor_parallel", {}).get("autotp_size", 0)
     if split > 1:
@@ -58,14 +58,14 @@ def check_zero_settings(
     if problem is not None:
         raise UserError(
             f"{problem} do not train under DeepSpeed ZeRO-3, which slices weights while loading.\n"
-            "Instead: --config_file launch/zero2.yaml, or launch/ddp.yaml."
+            "Instead: luthier launch --config zero2, or --config ddp."
         )
     if has_images:
         # DeepSpeed 0.19 holds the traces of the ranks against each other, and raises.
         raise UserError(
             "dataset: rows with images do not train under DeepSpeed ZeRO-3, where all processes "
             "must run the same layers in the same order, also those whose rows have no image.\n"
-            "Instead: --config_file launch/fsdp2.yaml, or launch/zero2.yaml."
+            "Instead: luthier launch --config fsdp2, or --config zero2."
         )
 
 

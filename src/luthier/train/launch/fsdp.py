@@ -18,7 +18,7 @@ FSDP2_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmspr
 FSDP2_ADAPTERS = ("lora", "boft", "ia3", "loha", "lokr", "miss", "oft", "randlora", "vera")
 """Values of `lora.method` that were held against one process; of LoRA also DoRA, PiSSA, LoftQ and
 LoRA+. AdaLoRA fails: it ranks its directions by whole matrices."""
-_DDP = "--config_file launch/ddp.yaml"
+_DDP = "luthier launch --config ddp"
 
 
 def check_fsdp_launch(config: RunConfig, environ: Mapping[str, str] = os.environ) -> None:
@@ -37,7 +37,7 @@ def check_fsdp_launch(config: RunConfig, environ: Mapping[str, str] = os.environ
     if environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
             "FSDP1 was asked for (accelerate's choice where fsdp_version is not set), and luthier "
-            "was not tried with it.\nInstead: fsdp_version: 2, as in launch/fsdp2.yaml."
+            "was not tried with it.\nInstead: fsdp_version: 2, or luthier launch --config fsdp2."
         )
     if is_on(environ, "FSDP_ACTIVATION_CHECKPOINTING"):
         raise UserError(

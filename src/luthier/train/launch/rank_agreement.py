@@ -299,9 +299,9 @@ def _explain_no_meeting(error: str) -> str:
     if "EADDRINUSE" in error or "already in use" in error:
         return (
             f"The port at which the processes of this launch meet ({address}) is in use by another "
-            "program, perhaps by another run.\nChoose a free one: --main_process_port of "
-            "accelerate launch (0 takes any, on one machine), --master_port of torchrun, or "
-            "MASTER_PORT."
+            "program, perhaps by another run.\nChoose a free one: --main_process_port of luthier "
+            "launch and accelerate launch (0 takes any, on one machine), --master_port of "
+            "torchrun, or MASTER_PORT."
         )
     return (
         f"The processes of this launch could not meet at {address} (torch: {_first_line(error)}).\n"

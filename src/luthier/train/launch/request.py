@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from luthier.config.recipes import bundled_folder
+from luthier.errors import UserError, ask_nearest, read_own_launch
 from luthier.storage.typed_files import load_yaml
 
 # The launcher's flags that decide what runs; all its other flags are left alone.
@@ -44,6 +47,8 @@ _DISTRIBUTED_TYPES = {
     "MEGATRON_LM": "megatron_lm",
     "XLA": "xla",
 }
+_MODULE = ("-m", "luthier", "train")
+"""What `accelerate launch` starts where there is no `train.py`."""
 _SHARDING_VARIABLES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
 _DEEPSPEED_SETTINGS = ("gradient_accumulation_steps", "gradient_clipping")
 _KEY_PREFIXES = {"fsdp_config": "fsdp_", "fp8_config": "fp8_", "dynamo_config": "dynamo_"}
@@ -204,8 +209,48 @@ def find_unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
     return unknown
 
 
+def find_launch_file(name: str, option: str) -> Path:
+    """Return the config file of a launch by luthier's name for it, such as `fsdp2`, or by its path.
+
+    `option` is what it was typed with. Raises UserError, with the nearest name, where there is
+    none.
+    """
+    folder = bundled_folder("launch")
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name in names:
+        return folder / f"{name}.yaml"
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    near = " ".join(filter(None, ("there is no such file.", ask_nearest(path.stem, names))))
+    raise UserError(
+        f"{option} {name}: {near} Names: {', '.join(names)}; or the path of a file that "
+        "`accelerate config` wrote."
+    )
+
+
+def format_train_command(*words: str) -> str:
+    """Return the command that trains with these words, quoted for a shell, as this one was started.
+
+    That is `luthier train`, `python train.py`, either of them under `accelerate launch` with its
+    flags, or `luthier launch`.
+    """
+    script = Path(sys.argv[0])
+    is_script = script.suffix == ".py" and script.is_file() and script.name != "__main__.py"
+    start = ["python", sys.argv[0]] if is_script else ["luthier", "train"]
+    own_launch, launcher = read_own_launch(), find_launcher_command()
+    if own_launch is not None:
+        start = own_launch["typed"]
+    elif launcher is not None:
+        start = ["accelerate", "launch", *launcher[0], *(start[1:] if is_script else _MODULE)]
+    return shlex.join([*start, *words])
+
+
 def find_launcher_command() -> tuple[list[str], Path] | None:
     """Return the launcher's flags and its working folder; None if there is no launcher."""
+    own_launch = read_own_launch()
+    if own_launch is not None:
+        return list(own_launch["flags"]), Path.cwd()
     try:
         # Shells and other wrappers may stand between the launcher and this process.
         for process in psutil.Process().parents():

@@ -101,5 +101,5 @@ def check_head_is_gathered(model: Any) -> None:
         raise UserError(
             f"FSDP2: the output layer of {type(model).__name__} cannot be trained in slices: no "
             "norm was found with which it is gathered for the loss.\nTrain an adapter that leaves "
-            "it as it is, or use --config_file launch/ddp.yaml."
+            "it as it is, or use luthier launch --config ddp."
         )
