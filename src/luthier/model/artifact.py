@@ -119,12 +119,15 @@ class Artifact:
 def find_artifact(name: str, base: str | None = None, trust: Trust = NO_TRUST) -> Artifact:
     """Return the artifact that `name` stands for.
 
-    `name`: the folder of a run, its `model/`, a checkpoint, the folder of an adapter or of a whole
-    model, a hub name, or `package:NAME`. `base`: the model that an adapter goes on; None for the
-    one that the adapter names. `trust`: what may run of the code that the config of its run names;
-    where that is not enough it is a UserError. Raises UserError for anything else.
+    `name`: the folder of a run or its name below `runs`, its `model/`, a checkpoint, the folder of
+    an adapter or of a whole model, a hub name, or `package:NAME`. `base`: the model that an adapter
+    goes on; None for the one that the adapter names. `trust`: what may run of the code that the
+    config of its run names; where that is not enough it is a UserError. Raises UserError for
+    anything else.
     """
     folder = Path(name).expanduser()
+    if not folder.is_dir() and has_entry(source.RUNS / name / "run.json"):
+        return find_artifact(str(source.RUNS / name), base, trust)
     if folder.is_dir():
         # A folder with a config.json is a model, whatever else lies in it.
         is_model = has_entry(folder / MODEL_CONFIG_FILE)

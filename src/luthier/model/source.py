@@ -21,7 +21,7 @@ OWN_CODE = (
 )
 """What is wrong with a model that only its own code can load, and what to do."""
 GGUF_MAGIC = b"GGUF"
-_RUNS = Path("runs")
+RUNS = Path("runs")
 """Where luthier puts runs that name no folder."""
 _RUN_PATTERNS = ("*/run.json", "*/*/run.json")
 _MAX_LISTED = 8
@@ -69,8 +69,8 @@ def find_gguf_file(path: str, key: str = "model.path") -> Path | None:
 def is_local(path: str) -> bool:
     """Tell whether a path means a folder on this machine and not a hub name (NAME or ORG/NAME).
 
-    What begins with the name of a folder that is here, such as `runs/none`, is a mistyped path, and
-    so is the name of a file.
+    What begins with the name of a folder that is here or in `runs`, such as `quickstart/none`, is a
+    mistyped path, and so is the name of a file.
     """
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1 or "\\" in path
     if looks_local or Path(path).is_dir():
@@ -78,7 +78,8 @@ def is_local(path: str) -> bool:
     if Path(path).is_file():
         return not _has_hub_cache(path)
     organisation, slash, _ = path.partition("/")
-    return bool(slash) and Path(organisation).is_dir() and not _has_hub_cache(path)
+    is_here = bool(organisation) and any((top / organisation).is_dir() for top in (Path(), RUNS))
+    return bool(slash) and is_here and not _has_hub_cache(path)
 
 
 def _has_hub_cache(name: str) -> bool:
@@ -146,6 +147,7 @@ def hub_error_message(error: BaseException, name: str, key: str) -> str:
     from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{name}"
+    run = f"{_nearest_run(name)}\n".lstrip()
     if isinstance(error, errors.GatedRepoError):
         return (
             f"{key}={name}: this model is gated. Accept its licence at {page}, then log in with\n"
@@ -153,7 +155,7 @@ def hub_error_message(error: BaseException, name: str, key: str) -> str:
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{key}={name}: there is no such model on the hub, nor a folder of that name in "
+            f"{run}{key}={name}: there is no such model on the hub, nor a folder of that name in "
             f"{Path.cwd()}.\nCheck the spelling at https://huggingface.co/models. "
             "If it is private, log in first: hf auth login"
         )
@@ -164,8 +166,8 @@ def hub_error_message(error: BaseException, name: str, key: str) -> str:
     is_offline = bool(constants.HF_HUB_OFFLINE)
     reason = "HF_HUB_OFFLINE is set" if is_offline else "the hub (huggingface.co) cannot be reached"
     return (
-        f"{key}={name}: the model is not on this machine (nor is there a folder of that name in "
-        f"{Path.cwd()}), and {reason}.\n"
+        f"{run}{key}={name}: the model is not on this machine (nor is there a folder of that name "
+        f"in {Path.cwd()}), and {reason}.\n"
         f"With a network, download it first:\n    hf download {name}\n"
         f"and run the same command again, or name a local folder: {key}=/path/to/folder"
     )
@@ -260,11 +262,31 @@ def _check_hub_name(name: str, revision: str | None, key: str, file: str) -> Non
 
 def _nearest_name(path: Path) -> str:
     """Return a sentence with the nearest name beside a missing path; empty where there is none."""
-    neighbours = list(path.parent.iterdir()) if path.parent.is_dir() else []
-    is_run = path.parts[:1] == _RUNS.parts
-    runs = [file.parent for pattern in _RUN_PATTERNS if is_run for file in _RUNS.glob(pattern)]
-    if near := nearest_option(str(path), [str(other) for other in runs or neighbours]):
-        return f" Did you mean {near}?"
+    if sentence := _nearest_run(str(path)):
+        return sentence
+    neighbours = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    if near := nearest_option(path.name, neighbours):
+        return f" Did you mean {path.parent / near}?"
+    runs = _list_runs() if path.parts[:1] == RUNS.parts else []
     if runs:
-        return f" There are: {', '.join(sorted(map(str, runs))[:_MAX_LISTED])}."
+        return f" There are: {', '.join(runs[:_MAX_LISTED])}."
     return "" if neighbours else f" Nor is there a folder {path.parent}."
+
+
+def _nearest_run(name: str) -> str:
+    """Return a sentence with the run that a name means, with or without `runs/`, or an empty text.
+
+    The name of a run without its folder means the run, too.
+    """
+    typed = name.removeprefix(f"{RUNS}/")
+    # By the whole name below `runs`, else by its last part.
+    runs = {run.removeprefix(f"{RUNS}/"): run for run in _list_runs()}
+    for names in (runs, {Path(run).name: run for run in runs.values()}):
+        if near := nearest_option(typed, names):
+            return f" Did you mean {names[near]}?"
+    return ""
+
+
+def _list_runs() -> list[str]:
+    """Return the folders of the runs below `runs`."""
+    return sorted(str(file.parent) for pattern in _RUN_PATTERNS for file in RUNS.glob(pattern))
