@@ -124,6 +124,24 @@ class PreparedData:
     reports: list[dict[str, str]]
     """Each row that could not be read, was dropped or is not whole: `where`, `state`, `problem`
     and `text`, the start of the row."""
+    train_rows: SplitRows = field(default_factory=list)
+    """The different rows that train, by source; none of a stream."""
+
+    def count_similar_rows(self) -> dict[str, int]:
+        """Return how many training rows are like a held-out row, by the name of its set.
+
+        They differ from it in case, white space or Unicode form alone; rows that equal a held-out
+        row exactly never train. The fingerprints are made once for each source and kept with it.
+        """
+        counts = {}
+        for name, examples in self.heldout.items():
+            held = [source.normalised_fingerprints[rows] for source, rows in examples.split]
+            counts[name] = sum(
+                int(np.isin(source.normalised_fingerprints[rows], each).sum())
+                for source, rows in self.train_rows
+                for each in [np.concatenate(held)]
+            )
+        return counts
 
     @property
     def unread_keys(self) -> dict[str, list[tuple[str, int]]]:
@@ -172,10 +190,11 @@ class HeldOutExamples:
     """The examples of some rows; they are read when they are iterated over."""
 
     def __init__(self, split: SplitRows) -> None:
-        self._split = split
+        self.split = split
+        """The rows, by their sources."""
 
     def __len__(self) -> int:
-        return sum(len(rows) for _, rows in self._split)
+        return sum(len(rows) for _, rows in self.split)
 
     def __iter__(self) -> Iterator[Example]:
         for example, _ in self.with_columns():
@@ -183,13 +202,13 @@ class HeldOutExamples:
 
     def with_columns(self) -> Iterator[tuple[Example, dict[str, Any]]]:
         """Yield each example with the columns of its row, which are empty if none are kept."""
-        for source, rows in self._split:
+        for source, rows in self.split:
             for row in rows:
                 yield source.examples([row])[0], source.columns([row])[0]
 
     def by_source(self) -> Iterator[tuple[OpenedSource, list[LocatedExample]]]:
         """Yield the examples of each source with their places and the columns that are kept."""
-        for source, rows in self._split:
+        for source, rows in self.split:
             columns = source.examples(rows), source.locations(rows), source.columns(rows)
             yield source.opened, [LocatedExample(*row) for row in zip(*columns, strict=True)]
 
@@ -231,6 +250,7 @@ def prepare(
         content_hash=_hash(trained, splits, train),
         sources=encoded,
         reports=[report for source in encoded.values() for report in _reports(source)],
+        train_rows=_split_of(trained, selection.train),
     )
 
 

@@ -38,7 +38,11 @@ from luthier.environment import set_environment
 from luthier.errors import UserError
 from luthier.model.model_images import find_model_images
 from luthier.model.positions import bounded_length, check_max_length
-from luthier.model.tokenizer import end_token_ids, load_tokenizer
+from luthier.model.tokenizer import (
+    check_vocabulary_in_files,
+    end_token_ids,
+    load_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,6 +192,7 @@ def open_dataset(config: RunConfig, command: str, bad_rows: bool = False) -> Loa
     for opened in (*trained.values(), *evaluated.values()):
         _check_kind(opened, command)
     tokenizer = _quiet_tokenizer(config)
+    check_vocabulary_in_files(tokenizer, config.model)
     readers = Readers(tokenizer, config, end_token_ids(config.model))
     return LoadedDataset(config, tokenizer, trained, evaluated, readers, batching)
 

@@ -22,6 +22,7 @@ from luthier.inspection.statistics import (
     describe_hold_out,
 )
 from luthier.inspection.survey import Survey
+from luthier.model.tokenizer import describe_padding
 from luthier.terminal import make_console
 
 _EQUAL = {
@@ -126,7 +127,7 @@ def batch_lines(fill: BatchFill) -> Lines:
 
 def _packed(layout: BatchLayout | None) -> str:
     if layout is None:
-        return "chat.max_length must say how long a row is"
+        return "packing needs chat.max_length"
     return f"{count_rows(layout.rows)} of {layout.length:,} tokens, {layout.efficiency:.1%} full"
 
 
@@ -135,8 +136,22 @@ def _padded(layout: BatchLayout, strategy: str) -> str:
     order = ", grouped by length" if strategy == "group_by_length" else ""
     return (
         f"{count_rows(layout.rows)}, {layout.batch_size} in a batch{order}, padded to {width}: "
-        f"{1 - layout.efficiency:.1%} of the places are padding"
+        f"{1 - layout.efficiency:.1%} of tokens are padding"
     )
+
+
+def token_lines(survey: Survey) -> Lines:
+    """What the tokenizer is, and how it pads."""
+    tokenizer = survey.material.tokenizer
+    yield f"{len(tokenizer):,} tokens; {describe_padding(tokenizer)}"
+
+
+def warning_lines(survey: Survey) -> Lines:
+    """What usually ruins such a training, each with the overrides that mend it."""
+    for warning in survey.warnings:
+        yield f"{warning.key}: {warning.text}"
+        if warning.fix:
+            yield f"  {warning.fix}"
 
 
 _BAR = 36
@@ -266,6 +281,8 @@ def print_report(survey: Survey, console: Console | None = None) -> None:
         ):
             _show_finding(console, account, finding)
     _show_boundaries(console, survey)
+    _show_lines(console, "tokenizer", token_lines(survey))
+    _show_lines(console, "warnings", warning_lines(survey))
     console.print(Text("\nrules", style="bold"))
     for rule in survey.rules:
         print_rule(console, rule, _remark(survey, rule))
@@ -359,6 +376,8 @@ def _show_end(console: Console, survey: Survey) -> None:
         return
     broken = sum(rule.broken > 0 for rule in survey.rules)
     line = "every rule holds" if not broken else f"{broken} of {len(survey.rules)} rules break"
+    if count := len(survey.warnings):
+        line += f"; {count} {'warning' if count == 1 else 'warnings'}"
     console.print(Text(f"\n{line}", style="bold red" if broken else "bold green"))
 
 
@@ -383,6 +402,8 @@ def report_as_json(survey: Survey) -> dict[str, Any]:
         "sides": {side.name.replace(" ", "_"): _side(side) for side in main},
         "sets": {side.name: _side(side) for side in sets},
         "batches": asdict(survey.batches) if survey.batches is not None else None,
+        "padding": describe_padding(survey.material.tokenizer),
+        "warnings": [warning._asdict() for warning in survey.warnings],
         "rules": [asdict(rule) for rule in survey.rules],
         "prompts": {
             "compared_rows": comparison.boundaries.rows,

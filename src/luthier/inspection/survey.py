@@ -49,6 +49,7 @@ from luthier.inspection.statistics import (
     summarise_split,
 )
 from luthier.inspection.tokens import token_decoder
+from luthier.inspection.warnings import RunWarning, collect_run_facts, find_warnings
 
 
 class DatasetSummary:
@@ -275,6 +276,23 @@ class Survey:
         material = self.material
         return measure_batch_fill(self.train.lengths, material.config, material.batching)
 
+    @cached_property
+    def warnings(self) -> list[RunWarning]:
+        """What usually ruins such a training; nothing where only the first rows were looked at."""
+        if self.limit is not None or not len(self.train.lengths):
+            return []
+        material, overlaps = self.material, self.summary.overlaps()
+        facts = collect_run_facts(
+            material.config,
+            material.tokenizer,
+            self._chat and self._chat.encoder,
+            material.batching,
+            lengths=self.train.lengths,
+            rows=self.train.rows,
+            similar_rows={name: overlap.similar for name, overlap in overlaps.items()},
+        )
+        return find_warnings(facts)
+
     @property
     def train(self) -> SplitStats:
         """The side that trains."""
@@ -342,7 +360,7 @@ class _Chat:
 
     def __init__(self, material: LoadedDataset, opened: OpenedSource) -> None:
         """`opened`: one of the sources, for what all of them share."""
-        encoder = material.readers.conversations(opened).encoder
+        self.encoder = encoder = material.readers.conversations(opened).encoder
         self.rules = SequenceRules(encoder, material.tokenizer)
         self.template = encoder.settings()["template"]
         template = material.config.chat.template

@@ -8,6 +8,7 @@ from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model import embeddings, gguf, source
 from luthier.model.model_files import read_generation_file
+from luthier.model.untrained_tokens import find_embeddings, find_weights_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,13 +162,42 @@ def ensure_padding_token(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
+def describe_padding(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return what rows are padded with, where that token is from, and that it never trains."""
+    number = tokenizer.pad_token_id
+    text = f"padding is {tokenizer.pad_token} (id {number})"
+    if number == tokenizer.eos_token_id:
+        text += ", the end token: padding is masked by length, so the ends of replies still train"
+    if tokenizer.init_kwargs.get("pad_token") is None:
+        text += "; luthier chose it, because the tokenizer names none"
+    return text
+
+
+def check_vocabulary_in_files(tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> None:
+    """Raise UserError if the model's files have no embedding for an id of the tokenizer.
+
+    Tokens that the config adds get rows of their own. Nothing is checked where the files are not on
+    this machine, or are read by code of the user's own; `check_vocabulary_fits` looks at the model.
+    """
+    folder = find_weights_folder(config)
+    stored = find_embeddings(folder) if folder is not None and config.loader is None else None
+    if stored is None:
+        return
+    added = {*config.add_tokens, *config.add_special_tokens}
+    ids = (number for text, number in tokenizer.get_vocab().items() if text not in added)
+    _check_highest_id(max(ids), stored.shape[0])
+
+
 def check_vocabulary_fits(tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:
     """Raise UserError if the tokenizer can produce ids for which the model has no embedding."""
-    highest = max(tokenizer.get_vocab().values())
-    rows = embeddings.count_embedding_rows(model)
+    _check_highest_id(max(tokenizer.get_vocab().values()), embeddings.count_embedding_rows(model))
+
+
+def _check_highest_id(highest: int, rows: int) -> None:
     if highest >= rows:
         raise UserError(
             f"The tokenizer's ids go up to {highest}, but the model has embeddings for {rows} "
-            "tokens only: they do not belong together.\n"
-            "Name the model's own tokenizer (model.tokenizer), or a model made for this one."
+            "tokens only, so tokenizer and model do not belong together.\n"
+            "Leave model.tokenizer out to use the model's own, or name a model made for this "
+            "tokenizer."
         )

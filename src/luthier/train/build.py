@@ -15,15 +15,17 @@ from luthier.config.code_settings import hash_code
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import read_batching_settings
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.examples import DatasetSources
 from luthier.data.prepare import PreparedData, prepare
 from luthier.errors import UserError, explain_lost_process
+from luthier.inspection.warnings import collect_run_facts, find_warnings
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
 from luthier.model.experts import has_experts
 from luthier.model.load import read_model_config, resolve_attention
 from luthier.model.model_class import check_trains_on_text
-from luthier.model.tokenizer import load_tokenizer
+from luthier.model.tokenizer import check_vocabulary_in_files, load_tokenizer
 from luthier.model.trainable import make_trainable
 from luthier.model.vision_processor import VisionProcessor
 from luthier.record.plots import collect_data_numbers, plot_data
@@ -144,6 +146,7 @@ def build_session(
     check_rank_agreement({"model.attention": machine.attention})
     check_router_loss(config)
     tokenizer = load_tokenizer(config.model)
+    check_vocabulary_in_files(tokenizer, config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.trains_on_chats else None
     row_encoders = methods.make_row_encoders(config, tokenizer)
     prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed, sources)
@@ -154,6 +157,7 @@ def build_session(
         resume.refuse_changed_inputs(record, inputs, config)
     if is_main_process:
         _report_data(config, folder, prepared, facts.trained_values)
+        _print_warnings(config, tokenizer, encoder, prepared)
     config = activation_checkpointing.resolve_auto_checkpointing(
         config, prepared.train_counts.longest, prepared.largest_images if images else ()
     )
@@ -306,6 +310,30 @@ def _report_data(config: RunConfig, folder: Path, prepared: PreparedData, answer
         console.write_dropped(prepared, folder)
         numbers = collect_data_numbers(prepared, config.chat.max_length)
         plot_data(numbers, folder.name, folder / "data.png")
+
+
+_COMPARED_ROWS = 100_000
+"""Rows up to which training rows are compared with held-out ones; `luthier check` compares all."""
+
+
+def _print_warnings(
+    config: RunConfig, tokenizer: Any, encoder: Any, prepared: PreparedData
+) -> None:
+    """Print what usually ruins such a training, a line each."""
+    train = prepared.train
+    is_compared = prepared.train_counts.rows <= _COMPARED_ROWS
+    facts = collect_run_facts(
+        config,
+        tokenizer,
+        encoder,
+        read_batching_settings(config),
+        lengths=train.lengths if isinstance(train, TokenRows) else None,
+        rows=prepared.train_counts.rows,
+        similar_rows=prepared.count_similar_rows() if is_compared else {},
+        processes=PartialState().num_processes,
+    )
+    for warning in find_warnings(facts):
+        console.print_line(f"warning   {warning}")
 
 
 def _record_failure(record: RunRecord, error: BaseException) -> None:
