@@ -1,6 +1,7 @@
 """`luthier merge`: adapters become part of their base, for servers that know no adapters."""
 
 import re
+import shlex
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ONTO = ("trained", "original")
 PACKINGS = ("nf4", "int8", "gptq", "awq")
 SERVERS = ("vllm", "per-expert")
+FILES = ("gguf", "gguf-q8_0")
 
 COMMAND_LINE = CommandLine(
     "merge",
@@ -27,6 +29,8 @@ COMMAND_LINE = CommandLine(
     "what it learned on. --onto original adds it to the weights before they were packed.\n\n"
     "Then the model is loaded with the adapter and once more as merged, and their logits are\n"
     "compared. A checkpoint that FSDP or ZeRO left in shards is put together instead.\n\n"
+    "--to gguf writes one file for llama.cpp and Ollama beside the merged model, by llama.cpp's\n"
+    "own converter (--llama-cpp), and compares it with the model.\n\n"
     "--adapter-for writes an adapter in place of a model: under the names of the model's files,\n"
     "an adapter for each expert where these have a tensor for each, and with one rank and scale.",
     (
@@ -38,6 +42,8 @@ COMMAND_LINE = CommandLine(
         Flag(
             "--adapter-for", "SERVER", "write an adapter: vllm, or per-expert (luthier docs export)"
         ),
+        Flag("--to", "FORMAT", "also one file: gguf, or gguf-q8_0 with 8 bits a weight"),
+        Flag("--llama-cpp", "FOLDER", "a checkout of llama.cpp ($LLAMA_CPP, or ./llama.cpp)"),
         Flag("--no-verify", None, "do not compare logits (loading takes 4 bytes a weight)"),
         Flag("--overwrite", None, "replace a model of luthier that is in the folder"),
         TRUST,
@@ -46,6 +52,7 @@ COMMAND_LINE = CommandLine(
     "  luthier merge runs/quickstart/default --out served --dtype float16\n"
     "  luthier merge runs/a/default:0.7 runs/b/default:0.3 --out both\n"
     "  luthier merge runs/quickstart/default --quantize nf4 --out served-4bit\n"
+    "  luthier merge runs/quickstart/default --to gguf --llama-cpp ~/llama.cpp\n"
     "  luthier merge runs/experts/default --adapter-for vllm --out served-adapter\n",
 )
 # The colon of `package:NAME` is followed by no number, so it is not taken for a weight.
@@ -68,6 +75,8 @@ def run(arguments: list[str]) -> int:
     weighted = [_split_weight(word) for word in parsed.overrides]
     base, trust = parsed.texts.get("--base"), trust_of(parsed.switches)
     artifacts = [find_artifact(word, base, trust) for word, _ in weighted]
+    if "--to" in parsed.texts:
+        return _write_gguf(artifacts, [weight for _, weight in weighted], parsed)
     if "--adapter-for" in parsed.texts:
         return _export_adapter(artifacts, [weight for _, weight in weighted], parsed)
     return _merge(artifacts, [weight for _, weight in weighted], parsed)
@@ -113,6 +122,36 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             raise UserError(too_large(artifacts[0])) from error
         raise
+    return 0
+
+
+def _write_gguf(artifacts: list[Artifact], weights: list[float], parsed: ParsedArguments) -> int:
+    """Merge, and write the merged model as one file: `luthier merge RUN --to gguf`."""
+    first = artifacts[0]
+    is_whole = len(artifacts) == 1 and first.adapter is None
+    target = choose_target(first, parsed)
+    file = target.with_name(f"{target.name}.gguf")
+    folder = first.folder if is_whole and first.folder is not None else target
+    from luthier.environment import quiet_libraries
+    from luthier.export.gguf_file import GgufOrder, choose_outtype, find_converter, write_gguf
+    from luthier.model.gguf import check_gguf_installed
+
+    quiet_libraries()
+    command = shlex.join(["luthier", "merge", *parsed.overrides, "--to", parsed.texts["--to"]])
+    converter = find_converter(parsed.texts.get("--llama-cpp"), command, folder, file)
+    check_gguf_installed()
+    if file.exists() and "--overwrite" not in parsed.switches:
+        raise UserError(f"{file} exists already. Choose another --out, or add --overwrite.")
+    if not is_whole:
+        _merge(artifacts, weights, parsed)
+    elif first.folder is None:
+        raise UserError(f"{first.name} is no folder of this machine. Download it first.")
+    outtype = choose_outtype(folder, parsed.texts["--to"] == "gguf-q8_0")
+    verify = "--no-verify" not in parsed.switches
+    write_gguf(GgufOrder(folder, file, outtype, converter, verify), print)
+    print(f"next      llama-server -m {shlex.quote(str(file))}")
+    if (notes := folder / "EXPORT.md").is_file():
+        print(f"          Ollama: the Modelfile in {notes}, with FROM {file.resolve()}")
     return 0
 
 
@@ -162,10 +201,15 @@ def choose_target(artifact: Artifact, parsed: ParsedArguments, name: str = "merg
 
 def _refuse_values(parsed: ParsedArguments) -> None:
     allowed = {"--dtype": DTYPES, "--onto": ONTO, "--quantize": PACKINGS, "--adapter-for": SERVERS}
+    allowed["--to"] = FILES
     for flag, values in allowed.items():
         typed = parsed.texts.get(flag)
         if typed is not None and typed not in values:
             raise UserError(f"{flag} {typed}: there are {', '.join(values)}.")
+    if "--to" in parsed.texts and (other := {*parsed.texts} & {"--quantize", "--adapter-for"}):
+        raise UserError(f"--to and {min(other)} write different models. Leave one of the two out.")
+    if "--llama-cpp" in parsed.texts and "--to" not in parsed.texts:
+        raise UserError("--llama-cpp: is for --to gguf. Add it, or leave both out.")
 
 
 def _split_weight(word: str) -> tuple[str, float]:

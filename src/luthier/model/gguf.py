@@ -9,8 +9,9 @@ and needs no torch.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -75,7 +76,7 @@ def convert_model(file: Path) -> Path:
     The first call takes some 12 s for 135M parameters; later ones check the folder's hashes.
     Raises UserError for a file that cannot be read or an architecture that is not supported.
     """
-    return cache.make_once(converted_folder(file), lambda new: _write_model(file, new))
+    return cache.make_once(converted_folder(file), lambda new: write_model(file, new))
 
 
 def convert_tokenizer(file: Path) -> Path:
@@ -89,7 +90,7 @@ def convert_tokenizer(file: Path) -> Path:
 
 def read_metadata(file: Path) -> dict[str, Any]:
     """Return the file's metadata, by llama.cpp's key names; raises UserError if it is no GGUF."""
-    reader = _open_reader(file)
+    reader = open_reader(file)
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
@@ -127,7 +128,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer of a byte-level GGUF vocabulary whose rule is in `RULES`."""
     rule = PRE_TOKENIZER_RULES[metadata["tokenizer.ggml.pre"]]
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    pairs = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    pairs = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocabulary, pairs, ignore_merges=rule.ignore_merges))
     if rule.nfc:
@@ -192,23 +193,32 @@ def _unsupported_message(metadata: Mapping[str, Any]) -> str:
     )
 
 
-def _open_reader(file: Path) -> Any:
-    """Return the reader of a GGUF file; raises UserError where it is damaged."""
+def check_gguf_installed() -> None:
+    """Raise UserError where the package that reads GGUF files is missing."""
+    if find_spec("gguf") is None:
+        raise UserError(f"Reading the file back needs the package gguf: {INSTALL_COMMAND}")
+
+
+def open_reader(file: Path, mode: Literal["r", "r+"] = "r") -> Any:
+    """Return the reader of a GGUF file; with `r+` its values can be set in place.
+
+    Raises UserError where the file is damaged.
+    """
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise UserError(f"Reading {file.name} needs the package gguf: {INSTALL_COMMAND}") from error
     try:
-        return GGUFReader(file)
+        return GGUFReader(file, mode)
     except (ValueError, IndexError, KeyError) as error:
         raise UserError(
             f"{file} is damaged or no GGUF file: {error}.\nDownload or install it again."
         ) from error
 
 
-def _write_model(file: Path, folder: Path) -> None:
+def write_model(file: Path, folder: Path) -> None:
     """Write weights, configuration and, where it can be converted, the tokenizer."""
-    reader = _open_reader(file)
+    reader = open_reader(file)
     # Read by hand: read_metadata would open the file a second time.
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     _refuse_scaled_rope(file, metadata, {tensor.name for tensor in reader.tensors})
@@ -233,8 +243,10 @@ def _refuse_scaled_rope(file: Path, metadata: Mapping[str, Any], tensors: set[st
 def _load_dequantized(file: Path) -> Any:
     """Return the model of a GGUF file in bfloat16; raises UserError where weights are missing."""
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
 
+    # transformers 5.23 shows a bar of its own here, even where its bars are switched off.
+    setattr(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors)  # noqa: B010
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
