@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
     file = file or choose_launch_file(gpus, processes, machines)
     if processes is None and gpus and file.stem in ("ddp", "fsdp2", "zero2", "zero3"):
         processes = gpus * machines
-    _refuse_missing_gpus(file, gpus, processes, machines)
+    _refuse_impossible_count(file, gpus, processes, machines)
     flags = ["--config_file", format_path(file)]
     flags += [] if processes is None else ["--num_processes", str(processes)]
     for flag, value in {**parsed.numbers, **parsed.texts}.items():
@@ -106,9 +106,16 @@ def _count_gpus(loaded: LoadedConfig | None) -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
-def _refuse_missing_gpus(file: Path, gpus: int, processes: int | None, machines: int) -> None:
-    """Raise UserError where luthier's file for GPUs is to start more processes than there are."""
-    if file.parent != bundled_folder("launch") or file.stem not in _GPU_FILES:
+def _refuse_impossible_count(file: Path, gpus: int, processes: int | None, machines: int) -> None:
+    """Raise UserError where a file of luthier's cannot start so many processes here."""
+    if file.parent != bundled_folder("launch"):
+        return
+    if file.stem in ("cpu", "single_gpu") and (processes or 1) * machines > 1:
+        several = "cpu_ddp" if file.stem == "cpu" else "ddp"
+        raise UserError(
+            f"--config {file.stem}: this starts one process. For several, write --config {several}."
+        )
+    if file.stem not in _GPU_FILES:
         return
     if not gpus:
         raise UserError(

@@ -131,6 +131,9 @@ MISTAKES = {
     "a setting": (["recipe=tiny_pretrain", "lora.rr=1"], "lora.rr"),
     "a file": (["--config", "fsdp", "recipe=tiny_pretrain"], "no such file. Did you mean fsdp2?"),
     "GPUs": (["--config", "zero3", "recipe=tiny_pretrain"], "this is for GPUs, and there is none"),
+    "two processes of one": (
+        ["--config", "cpu", "--num_processes", "2", "recipe=tiny_pretrain"], "--config cpu_ddp",
+    ),
     "a flag": (["--process", "2", "recipe=tiny_pretrain"], "has no such flag"),
     "nothing": ([], "name what to train"),
     "a contradiction": (
