@@ -95,7 +95,7 @@ def test_an_heir(workplace):
     assert config.lora["lora_dropout"] == 0.05, "what the parent says of another option is gone"
     assert config.trainer.args["learning_rate"] == 1e-4
     assert config.trainer.args["eval_strategy"] == "no"
-    assert config.trainer.args["max_steps"] == 60
+    assert config.trainer.args["max_steps"] == 80
 
 
 def test_an_heir_of_an_heir_is_overridden_from_the_command_line(workplace):
