@@ -238,7 +238,16 @@ def test_a_file_in_the_text_exists():
     assert [text for text in missing if not is_an_example(text)] == []
 
 
-EXAMPLES = ("~", "my", "recipes/mine", "rows.", "replies.", "runs/", "data/")
+EXAMPLES = (
+    "~",
+    "my",
+    "recipes/mine",
+    "rows.",
+    "replies.",
+    "runs/",
+    "data/",
+    "convert_hf_to_gguf.py",
+)
 
 
 def is_an_example(text: str) -> bool:
