@@ -359,8 +359,8 @@ def test_the_sites_navigation_names_every_page_and_no_other():
 
 
 def site_hooks() -> Any:
-    """Return docs/mkdocs_hooks.py, which mkdocs imports by its path, too."""
-    spec = spec_from_file_location("mkdocs_hooks", ROOT / "docs" / "mkdocs_hooks.py")
+    """Return mkdocs_hooks.py, which mkdocs imports by its path, too."""
+    spec = spec_from_file_location("mkdocs_hooks", ROOT / "mkdocs_hooks.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parent
 PAGES = {
     "recipes.md": "recipes/README.md",
     "launch-files.md": "launch/README.md",
