@@ -16,10 +16,11 @@ QUESTION = [{"role": "user", "content": "abc"}]
 
 
 @contextmanager
-def app_client(llm, settings=None, host="localhost", hosts=(), **limits):
+def app_client(llm, settings=None, host="localhost", key=None, **limits):
     """A client of the application itself, without a network."""
-    server = ModelServer(llm, "tiny", settings or {}, ServerLimits(**limits))
-    app = make_app(server, host, hosts)
+    limits = ServerLimits(**limits)
+    server = ModelServer(llm, "tiny", settings or {}, limits)
+    app = make_app(server, host, limits, key)
     with TestClient(app, base_url="http://localhost") as client:
         yield client
 

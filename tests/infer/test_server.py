@@ -133,11 +133,15 @@ def test_a_prompt_beyond_the_context_is_refused_on_every_route(client, path, bod
 
 
 SAID = [
-    ({"n": 2}, "n", "n: must be 1: this server supports nothing else."),
-    ({"n": True}, "n", "n: must be 1: this server supports nothing else."),
-    ({"logprobs": True}, "logprobs", "logprobs: must be false: this server supports nothing else."),
+    ({"n": 2}, "n", "n: must be 1: a request gets one reply; send it again, with another "
+     "seed, for another one."),
+    ({"n": True}, "n", "n: must be 1: a request gets one reply; send it again, with another "
+     "seed, for another one."),
+    ({"logprobs": True}, "logprobs",
+     "logprobs: must be false: this server returns no probabilities of tokens."),
     ({"frequency_penalty": 0.5}, "frequency_penalty",
-     "frequency_penalty: must be 0: this server supports nothing else."),
+     "frequency_penalty: must be 0: this server has another penalty, for all requests: luthier "
+     "serve RUN repetition_penalty=1.1."),
     ({"reasoning_effort": "low"}, "reasoning_effort",
      "reasoning_effort: 'reasoning_effort' is set, and the chat template never reads it; variables "
      "that it reads: none."),
@@ -204,6 +208,49 @@ def test_fields_without_effect_are_taken(client, expected):
     }  # fmt: skip
     answer = client.post(CHAT, json=body)
     assert answer.json()["choices"][0]["message"]["content"] == expected.text
+
+
+def test_a_tool_of_an_agent_framework_may_be_strict(thinking_client):
+    function = {"name": "add", "strict": True, "parameters": {"type": "object", "properties": {}}}
+    body = {"messages": QUESTION, "max_tokens": 2}
+    for path, tool in (
+        (CHAT, {"type": "function", "function": function}),
+        (RESPONSES, {"type": "function", **function}),
+    ):
+        fields = {"input": "abc"} if path == RESPONSES else body
+        answer = thinking_client.post(path, json=fields | {"tools": [tool]})
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        pytest.param({"Authorization": "Bearer secret"}, 200, id="the key"),
+        pytest.param({"Authorization": "Bearer other"}, 401, id="another key"),
+        pytest.param({"Authorization": "secret"}, 401, id="no bearer"),
+        pytest.param({}, 401, id="no key"),
+    ],
+)
+def test_a_server_with_a_key_answers_who_sends_it(tuned_llm, headers, status):
+    with app_client(tuned_llm, key="secret") as client:
+        answer = client.get("/v1/models", headers=headers)
+        assert answer.status_code == status
+        if status == 401:
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/health").status_code == 200
+
+
+def test_a_web_page_of_an_allowed_origin_may_ask(tuned_llm):
+    page = "http://localhost:3000"
+    question = {"Origin": page, "Access-Control-Request-Method": "POST"}
+    with app_client(tuned_llm, key="secret", origins=(page,)) as client:
+        answer = client.options(CHAT, headers=question)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == page
+        other = client.options(CHAT, headers=question | {"Origin": "http://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+    with app_client(tuned_llm) as client:
+        assert client.options(CHAT, headers=question).status_code == 405
 
 
 def test_a_temperature_samples_and_a_seed_repeats_it(client, expected):
@@ -432,7 +479,9 @@ def test_more_than_may_wait_are_refused(long_llm):
             client.join()
     assert refused.value.code == 503
     error = json.loads(refused.value.read())["error"]
-    assert error["code"] == "overloaded" and error["message"].startswith("2 requests are written")
+    assert error["code"] == "overloaded"
+    assert "2 requests are being answered or wait" in error["message"]
+    assert refused.value.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

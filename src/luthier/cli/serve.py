@@ -27,13 +27,15 @@ COMMAND_LINE = CommandLine(
     "vLLM's where it is installed and there is a GPU, else luthier's own (on transformers).\n"
     "Template, its variables and date, and stop tokens are those of the training.\n\n"
     "Settings (not for vLLM): any field of GenerationConfig, as the default of requests;\n"
-    "model.device, .dtype, .attention and .device_map; quantization=none, nf4 or int8.",
+    "model.device, .dtype, .attention and .device_map; quantization=none, nf4 or int8.\n\n"
+    "Where the environment has LUTHIER_API_KEY, requests must send it, as OpenAI's clients do.",
     (
         Flag("--engine", "NAME", "transformers or vllm"),
         Flag("--host", "NAME", "the address to listen at (localhost)"),
         Flag("--port", "N", "the port (8000)"),
         Flag("--name", "NAME", "what requests call the model; without it the folder's name"),
         Flag("--allowed-host", "NAME", "more names that requests may call this host, with commas"),
+        Flag("--allowed-origin", "URL", "web pages whose scripts may ask (CORS), with commas"),
         Flag("--max-waiting", "N", "requests that may wait for their turn (32)"),
         Flag("--max-body", "N", "the largest request, in MiB (4; 32 if the model reads images)"),
         Flag("--max-image-size", "N", "the largest file of an image, in MiB (20)"),
@@ -50,7 +52,7 @@ COMMAND_LINE = CommandLine(
 )
 _SERVER = ("starlette", "uvicorn")
 _OWN_FLAGS = (
-    *("--allowed-host", "--max-waiting", "--max-body", "--timeout"),
+    *("--allowed-host", "--allowed-origin", "--max-waiting", "--max-body", "--timeout"),
     *("--max-image-size", "--max-image-pixels", "--allow-image-urls"),
 )
 """Flags that vLLM's server has not."""
@@ -166,7 +168,6 @@ def _limits(parsed: ParsedArguments) -> "ServerLimits":
 
     limits, numbers = ServerLimits(), parsed.numbers
     images = limits.images
-    names = parsed.texts.get("--allowed-host", "").split(",")
     return ServerLimits(
         waiting=parsed.numbers.get("--max-waiting", limits.waiting),
         reply_seconds=parsed.numbers.get("--timeout", limits.reply_seconds),
@@ -176,8 +177,13 @@ def _limits(parsed: ParsedArguments) -> "ServerLimits":
             numbers.get("--max-image-pixels", images.pixels // 10**6) * 10**6,
             "--allow-image-urls" in parsed.switches,
         ),
-        hosts=tuple(name.strip() for name in names if name.strip()),
+        hosts=_split_names(parsed.texts.get("--allowed-host", "")),
+        origins=_split_names(parsed.texts.get("--allowed-origin", "")),
     )
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _check_free(host: str, port: int) -> None:

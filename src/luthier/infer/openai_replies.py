@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from luthier.chat import ReplyDelta
+from luthier.infer.api_objects import ApiError
 from luthier.infer.openai_requests import (
-    ApiError,
     ChatCompletionRequest,
     CompletionRequest,
     ReplyRequest,

@@ -4,24 +4,21 @@ A field is read, has no effect on a reply here and is passed over, or is refused
 that a client sends is left out in silence. Source: https://platform.openai.com/docs/api-reference.
 """
 
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
-from luthier.errors import format_value, nearest_option
+from luthier.errors import nearest_option
+from luthier.infer.api_objects import ApiError, ApiObject, FieldError, is_finite
+from luthier.infer.message_content import Content, join_parts, read_content
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
@@ -31,10 +28,6 @@ MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIASES = 1024
 MAX_VARIABLES = 32
 MAX_TEMPERATURE = 10.0
-TEXT_PARTS = ("text", "input_text", "output_text")
-IMAGE_PARTS = ("image_url", "input_image")
-"""Parts of an image in chat completions and in responses."""
-
 HARMLESS: Mapping[str, type] = {
     "user": str,
     "metadata": dict,
@@ -67,6 +60,22 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that this server does not follow, and the values that ask for what it does anyway."""
 
+_ONE_REPLY = "a request gets one reply; send it again, with another seed, for another one"
+_NO_PROBABILITIES = "this server returns no probabilities of tokens"
+_NO_PENALTY = (
+    "this server has another penalty, for all requests: luthier serve RUN repetition_penalty=1.1"
+)
+REASONS: Mapping[str, str] = {
+    "n": _ONE_REPLY,
+    "best_of": _ONE_REPLY,
+    "logprobs": _NO_PROBABILITIES,
+    "top_logprobs": _NO_PROBABILITIES,
+    "presence_penalty": _NO_PENALTY,
+    "frequency_penalty": _NO_PENALTY,
+    "response_format": "replies are not constrained to a form; ask for it in the messages",
+}
+"""Why a field is not followed, and what to do instead."""
+
 _RESPONSES_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "text": ({"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}, {}),
     "parallel_tool_calls": (True,),
@@ -87,128 +96,6 @@ _MESSAGE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _ITEM_HARMLESS: Mapping[str, type] = {"id": str, "status": str}
 
 
-class ApiError(Exception):
-    """An error for the client: an HTTP status and OpenAI's error object."""
-
-    def __init__(
-        self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-
-    def body(self) -> dict[str, Any]:
-        """Return the error object as OpenAI's API has it."""
-        error_type = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": error_type, "param": self.param, "code": self.code}
-        return {"error": error}
-
-
-class _FieldError(ValueError):
-    """A wrong value of a field that a validator of the whole object looked at."""
-
-    def __init__(self, field: str, text: str) -> None:
-        super().__init__(text)
-        self.field = field
-
-
-class ApiObject(BaseModel):
-    """An object of the API: types are exact, numbers finite, and there are no other fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    harmless: ClassVar[Mapping[str, type]] = {}
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_fields_without_effect(cls, fields: Any) -> Any:
-        """Take out what has no effect; a value that would have one is an error."""
-        if not isinstance(fields, dict):
-            return fields
-        read = dict(fields)
-        for name in [name for name in fields if name in cls.harmless or name in cls.neutral]:
-            value = read.pop(name)
-            if value is None:
-                continue
-            if name in cls.harmless and type(value) is not cls.harmless[name]:
-                raise _FieldError(name, f"must be a {_TYPE_NAMES[cls.harmless[name]]}")
-            allowed = cls.neutral.get(name, (value,))
-            # 1 == True in Python, but `n: true` is a mistake.
-            if not any(type(value) is type(option) and value == option for option in allowed):
-                raise _FieldError(name, _not_supported(allowed))
-        return read
-
-
-_TYPE_NAMES = {str: "text", dict: "JSON object", bool: "boolean"}
-
-
-def _not_supported(allowed: Sequence[Any]) -> str:
-    if not allowed:
-        return "is not supported by this server; remove it"
-    # JSON has one 0: 0 and 0.0 are the same there.
-    values = dict.fromkeys(json.dumps(value).replace("0.0", "0") for value in allowed)
-    return f"must be {' or '.join(values)}: this server supports nothing else"
-
-
-def _join_parts(content: Any) -> Any:
-    """Return the text of content that is given as a list of parts of text."""
-    if not isinstance(content, list):
-        return content
-    return "\n".join(map(_read_text_part, content))
-
-
-def _read_content(content: Any) -> Any:
-    """Return content in parts as parts of a row; as one text where all of them are texts.
-
-    An image is the address that the client gave.
-    """
-    if not isinstance(content, list) or not any(map(_is_image_part, content)):
-        return _join_parts(content)
-    return [
-        {"type": "image", "image": _read_image_part(part)}
-        if _is_image_part(part)
-        else {"type": "text", "text": _read_text_part(part)}
-        for part in content
-    ]
-
-
-def _read_text_part(part: Any) -> str:
-    is_text = isinstance(part, dict) and part.get("type") in TEXT_PARTS
-    if not is_text or not isinstance(part.get("text"), str):
-        name = part.get("type") if isinstance(part, dict) else None
-        shown = format_value(name) if isinstance(name, str) else type(part).__name__
-        form = '{"type": "text", "text": ...}'
-        raise ValueError(f"must be text, or a list of {form}; found {shown}")
-    if extra := set(part) - {"type", "text", "annotations", "logprobs"}:
-        raise ValueError(f"a part of text has no field {format_value(min(extra))}")
-    return str(part["text"])
-
-
-def _is_image_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in IMAGE_PARTS
-
-
-def _read_image_part(part: dict[str, Any]) -> str:
-    """Return the address of an image, which chat completions have in an object of its own."""
-    source = part.get("image_url")
-    fields = {**part, **source} if isinstance(source, dict) else {**part, "url": source}
-    if extra := set(fields) - {"type", "image_url", "url", "detail", "file_id"}:
-        raise ValueError(f"a part of an image has no field {format_value(min(extra))}")
-    if fields.get("file_id") is not None:
-        raise ValueError("file_id: this server keeps no files; send the image as a data: URL")
-    if fields.get("detail") not in (None, "auto"):
-        raise ValueError(f"detail: {_not_supported(('auto',))}")
-    if not isinstance(fields.get("url"), str):
-        form = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
-        raise ValueError(f"an image must be {form}")
-    return str(fields["url"])
-
-
-Content = str | list[dict[str, str]]
-"""A text, or parts of a row; of an image they have the address that the client gave."""
-
-
 class FunctionCall(ApiObject):
     """The name and the arguments of a call, these as JSON in a text."""
 
@@ -219,7 +106,7 @@ class FunctionCall(ApiObject):
 class MessageToolCall(ApiObject):
     """A call that an earlier reply made."""
 
-    neutral = {"index": tuple(range(MAX_TOOLS))}
+    neutral: ClassVar = {"index": tuple(range(MAX_TOOLS))}
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -237,26 +124,19 @@ class ChatMessage(ApiObject):
     reasoning_content: str | None = None
     reasoning: str | None = None
 
-    _content = field_validator("content", mode="before")(_read_content)
+    _content = field_validator("content", mode="before")(read_content)
 
     def as_row(self) -> dict[str, Any]:
         """Return the message as rows of a dataset have it."""
         return self.model_dump(exclude_none=True)
 
 
-def is_finite(value: Any) -> bool:
-    """Return whether all numbers in a JSON value are finite: 1e999 is infinity to a parser."""
-    if isinstance(value, dict):
-        return all(map(is_finite, value.values()))
-    if isinstance(value, list):
-        return all(map(is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 class FunctionDefinition(ApiObject):
     """What a function is called, does and takes."""
 
-    neutral = {"strict": (False,)}
+    # Agent frameworks set it with each tool, and check the arguments of a call themselves; a reply
+    # is not constrained to the schema here.
+    harmless: ClassVar = {"strict": bool}
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -287,7 +167,7 @@ class ResponseTool(FunctionDefinition):
 class StreamOptions(ApiObject):
     """Whether a stream ends with the counts of tokens."""
 
-    harmless = {"include_obfuscation": bool}
+    harmless: ClassVar = {"include_obfuscation": bool}
     include_usage: bool | None = None
 
 
@@ -335,6 +215,7 @@ class _CompletionFields(ReplyRequest):
     """What the two routes for completions have and responses have not."""
 
     neutral = NEUTRAL
+    reasons = REASONS
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[_ONE_STOP], Field(max_length=MAX_STOP_STRINGS)] | None = None
@@ -438,12 +319,12 @@ class MessageItem(ApiObject):
     """An item of a response's input: a message."""
 
     harmless = _ITEM_HARMLESS
-    neutral = {"phase": ()}
+    neutral: ClassVar = {"phase": ()}
     type: Literal["message"] = "message"
     role: str
     content: Content
 
-    _content = field_validator("content", mode="before")(_read_content)
+    _content = field_validator("content", mode="before")(read_content)
 
 
 class FunctionCallItem(ApiObject):
@@ -464,7 +345,7 @@ class FunctionOutputItem(ApiObject):
     call_id: str
     output: str
 
-    _output = field_validator("output", mode="before")(_join_parts)
+    _output = field_validator("output", mode="before")(join_parts)
 
 
 class ReasoningText(ApiObject):
@@ -478,7 +359,7 @@ class ReasoningItem(ApiObject):
     """An item of a response's input: the reasoning of an earlier reply."""
 
     harmless = _ITEM_HARMLESS
-    neutral = {"encrypted_content": (), "summary": ([],)}
+    neutral: ClassVar = {"encrypted_content": (), "summary": ([],)}
     type: Literal["reasoning"]
     content: list[ReasoningText] | None = None
 
@@ -503,7 +384,7 @@ InputItem = Annotated[
 class ReasoningOptions(ApiObject):
     """How a response is to reason."""
 
-    neutral = {"summary": (), "generate_summary": ()}
+    neutral: ClassVar = {"summary": (), "generate_summary": ()}
     effort: _Effort | None = None
 
 
@@ -511,6 +392,7 @@ class ResponseRequest(ConversationRequest):
     """A request to /v1/responses."""
 
     neutral = _RESPONSES_NEUTRAL
+    reasons = REASONS
     prompt_field = "input"
     limit_fields = ("max_output_tokens",)
     input: Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -609,7 +491,7 @@ def _validation_error(request_class: type[ReplyRequest], error: Any) -> ApiError
     location = [step for step in error["loc"] if step not in (*_ITEM_TYPES, "[key]")]
     text = error["msg"]
     cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, _FieldError):
+    if isinstance(cause, FieldError):
         location.append(cause.field)
     if isinstance(cause, ValueError):
         text = str(cause)

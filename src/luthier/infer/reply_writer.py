@@ -9,10 +9,13 @@ from typing import Any
 
 from luthier.chat import ParsedReply, ReplyDelta
 from luthier.infer import generation_config
+from luthier.infer.api_objects import ApiError
 from luthier.infer.generate import bytes_per_row, free_memory, is_out_of_memory
 from luthier.infer.llm import LLM
 from luthier.infer.openai_replies import FinishReason, ReplyEnd
-from luthier.infer.openai_requests import ApiError, ReplyRequest
+from luthier.infer.openai_requests import (
+    ReplyRequest,
+)
 from luthier.infer.reply_messages import split_message
 from luthier.infer.request_prompts import RequestPrompt, RequestReplyParser
 from luthier.infer.stream import StopStrings, TextStream

@@ -17,7 +17,7 @@ from urllib import request as web
 from luthier.chat.images import IMAGE_FIELD, is_image_part
 from luthier.data.images.decode import decode_image, measure_image
 from luthier.data.rows import RowError
-from luthier.infer.openai_requests import ApiError
+from luthier.infer.api_objects import ApiError
 from luthier.infer.prompt_images import PromptImage
 
 MAX_IMAGES = 128

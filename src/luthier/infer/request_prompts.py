@@ -12,10 +12,10 @@ from luthier.chat.encoder import ChatPromptEncoder
 from luthier.chat.template import TEMPLATE_INPUTS
 from luthier.data.encoders.plain_text import PlainTextTokenizer, measure_frame
 from luthier.errors import UserError
+from luthier.infer.api_objects import ApiError
 from luthier.infer.llm import LLM
 from luthier.infer.openai_requests import (
     EFFORT,
-    ApiError,
     ChatCompletionRequest,
     CompletionRequest,
     ConversationRequest,

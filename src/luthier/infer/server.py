@@ -6,6 +6,7 @@ its reply. Errors are OpenAI's error object; nothing that a client sends ends in
 """
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from luthier.chat import ReplyDelta
 from luthier.errors import UserError
 from luthier.infer import generation_config
-from luthier.infer.host_check import HostCheck
+from luthier.infer.api_objects import ApiError
 from luthier.infer.llm import LLM
 from luthier.infer.openai_replies import (
     STREAM_END,
@@ -32,7 +34,6 @@ from luthier.infer.openai_replies import (
     ResponseForm,
 )
 from luthier.infer.openai_requests import (
-    ApiError,
     ChatCompletionRequest,
     CompletionRequest,
     ConversationRequest,
@@ -46,6 +47,7 @@ from luthier.infer.reply_writer import (
     count_fitting_tokens,
     merge_settings,
 )
+from luthier.infer.request_access import KEY_VARIABLE, HostCheck, KeyCheck
 from luthier.infer.request_images import ImageLimits
 from luthier.infer.request_prompts import RequestPrompts
 
@@ -77,6 +79,8 @@ class ServerLimits:
     """What the images of a request may take."""
     hosts: tuple[str, ...] = ()
     """Names in a request's `Host` header that are answered, besides those of this machine."""
+    origins: tuple[str, ...] = ()
+    """Origins of web pages whose scripts may ask, such as `http://localhost:3000`; `*` for any."""
 
 
 def make_server(
@@ -102,7 +106,7 @@ def make_server(
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        make_app(model_server, host, limits.hosts),
+        make_app(model_server, host, limits, os.environ.get(KEY_VARIABLE)),
         host=host,
         port=port,
         log_level="warning",
@@ -114,8 +118,13 @@ def make_server(
     return ReplyServer(config)
 
 
-def make_app(server: "ModelServer", host: str, allowed_hosts: tuple[str, ...]) -> ASGIApp:
-    """Return the application behind the server; `host` is what it listens at."""
+def make_app(
+    server: "ModelServer", host: str, limits: ServerLimits, key: str | None = None
+) -> ASGIApp:
+    """Return the application behind the server.
+
+    `host` is what it listens at, `key` what requests to `/v1` must send; None for no key.
+    """
     routes = [
         Route("/", server.describe, methods=["GET"]),
         Route("/health", _health, methods=["GET"]),
@@ -134,7 +143,15 @@ def make_app(server: "ModelServer", host: str, allowed_hosts: tuple[str, ...]) -
     )
     # A redirect would be to whatever address the client names.
     app.router.redirect_slashes = False
-    return HostCheck(app, host, allowed_hosts)
+    checked: ASGIApp = KeyCheck(app, key) if key else app
+    if limits.origins:
+        checked = CORSMiddleware(
+            checked,
+            allow_origins=limits.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+        )
+    return HostCheck(checked, host, limits.hosts)
 
 
 _FORMS: Mapping[str, tuple[type[ReplyRequest], Callable[..., ReplyForm]]] = {
@@ -242,7 +259,10 @@ class ModelServer:
     def _counted(self) -> Iterator[None]:
         """Count a request within the block; raises ApiError where too many wait."""
         if self._open_requests > self._limits.waiting:
-            text = f"{self._open_requests} requests are written or wait already. Try again later."
+            text = (
+                f"The server is busy: {self._open_requests} requests are being answered or wait, "
+                "one reply is written at a time. Try again later."
+            )
             raise ApiError(text, code="overloaded", status=503)
         self._open_requests += 1
         try:

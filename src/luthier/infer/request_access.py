@@ -1,13 +1,16 @@
-"""Which `Host` headers are answered: the names of this machine, and those that the user allows."""
+"""Who may ask the server: requests for its own host names, and with its key where it has one."""
 
 import ipaddress
 import re
+import secrets
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from luthier.infer.openai_requests import ApiError
+from luthier.infer.api_objects import ApiError
 
+KEY_VARIABLE = "LUTHIER_API_KEY"
+"""The environment variable with the key that requests must send; unset for none."""
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 
 
@@ -65,3 +68,34 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(name)
     except ValueError:
         return None
+
+
+class KeyCheck:
+    """Refuses requests to `/v1` without the server's key, as OpenAI's API does.
+
+    `/health` and the preflight of a browser carry no key there, either.
+    """
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        """`key`: what stands in a request's header `Authorization: Bearer KEY`."""
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it; this is the interface of ASGI."""
+        if scope["type"] != "http" or not scope["path"].startswith("/v1") or self._has_key(scope):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            "The key is missing or wrong. Send the server's key as the header Authorization: "
+            "Bearer KEY (api_key=... of OpenAI's client).",
+            code="invalid_api_key",
+            status=401,
+        )
+        headers = {"www-authenticate": "Bearer"}
+        await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        sent = [value for name, value in scope["headers"] if name == b"authorization"]
+        # The comparison takes as long for a wrong key, whatever it begins with.
+        return len(sent) == 1 and secrets.compare_digest(sent[0], self._expected)
