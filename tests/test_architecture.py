@@ -17,6 +17,7 @@ LAYERS = (
     ("cli",),
     ("doctor", "evaluate", "export", "sweep"),
     ("train",),
+    ("report",),
     ("inspection", "infer", "memory"),
     ("model", "record"),
     ("data",),

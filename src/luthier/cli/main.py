@@ -71,6 +71,11 @@ COMMANDS = {
     "diff": Command(
         "diff RUN RUN", "what differs between two runs, group by group", "luthier.cli.diff:run"
     ),
+    "report": Command(
+        "report RUN [RUN ...]",
+        "a run as an HTML page; several runs compared",
+        "luthier.cli.report_page:run",
+    ),
     "reproduce": Command(
         "reproduce RUN",
         "a run again, from its record: is it identical?",

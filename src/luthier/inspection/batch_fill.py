@@ -1,6 +1,6 @@
 """How much of a batch is padding, as the config lays batches out and packed; lengths in numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,31 +113,30 @@ def _sampler(lengths: Lengths, strategy: str, size: int, config: RunConfig) -> S
     return (SequentialSampler if strategy == "sequential" else ShuffledSampler)(rows, config.seed)
 
 
-def quantiles(values: list[int]) -> dict[str, int]:
+def quantiles(values: Sequence[int] | Lengths) -> dict[str, int]:
     """The least, the middle, the 90th and 99th percentile (nearest rank) and the most."""
-    ranked = sorted(values)
-    if not ranked:
+    ranked = np.sort(values)
+    if not len(ranked):
         return {}
     shares = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     last = len(ranked) - 1
-    return {name: ranked[round(share * last)] for name, share in shares.items()}
+    return {name: int(ranked[round(share * last)]) for name, share in shares.items()}
 
 
-def histogram(values: list[int], bins: int = 8) -> list[tuple[int, int | None, int]]:
+def histogram(values: Sequence[int] | Lengths, bins: int = 8) -> list[tuple[int, int | None, int]]:
     """Counts of values from (inclusive) and to (exclusive); None: no upper bound.
 
     The last bin takes what lies beyond the 99th percentile, so that one long row does not make
     all others equal.
     """
-    if not values:
+    if not len(values):
         return []
     marks = quantiles(values)
     width = _round_up(max((marks["p99"] - marks["min"] + 1) / bins, 1))
     start = marks["min"] // width * width
     edges = [start + n * width for n in range((marks["p99"] - start) // width + 2)]
-    counts = [0] * len(edges)
-    for value in values:
-        counts[min((value - start) // width, len(edges) - 1)] += 1
+    numbers = np.minimum((np.asarray(values) - start) // width, len(edges) - 1)
+    counts = np.bincount(numbers, minlength=len(edges)).tolist()
     ends = [*edges[1:], None]
     rows = list(zip(edges, ends, counts, strict=True))
     return rows if counts[-1] else rows[:-1]

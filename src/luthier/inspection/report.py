@@ -181,7 +181,7 @@ def split_table(sides: list[SplitStats], has_chats: bool) -> Table:
 def _column(side: SplitStats, has_chats: bool) -> dict[str, str]:
     share = f" ({side.trained_tokens / side.tokens:.0%})" if side.tokens else ""
     images_share = f" ({side.image_tokens / side.tokens:.0%})" if side.image_tokens else ""
-    lengths = quantiles(side.lengths.tolist())
+    lengths = quantiles(side.lengths)
     names = ("min", "median", "p90", "p99", "max")
     numbers = {
         "dropped": side.dropped,
@@ -226,7 +226,7 @@ def mixture_table(shares: Mapping[str, SourceShare]) -> Table:
 
 def print_lengths(console: Console, side: SplitStats) -> None:
     """Print how long the sequences of a side are."""
-    bars = histogram(side.lengths.tolist())
+    bars = histogram(side.lengths)
     if not bars:
         return
     console.print(Text("\nlengths of the train sequences, in tokens", style="bold"))

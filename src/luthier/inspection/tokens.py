@@ -222,7 +222,7 @@ def view_rows(
             part,
             max(len(row.sequences), 1),
             tokens,
-            _notes(row),
+            describe_outcome(row),
             images=_images(sequence, tokens, read_images),
         )
         for number, (row, read_images) in zip(
@@ -280,7 +280,8 @@ def _span(numbers: range) -> str:
     return f"row {first}" if first == last else f"rows {first} to {last}"
 
 
-def _notes(row: InspectedRow) -> list[str]:
+def describe_outcome(row: InspectedRow) -> list[str]:
+    """Return what is to be known of a row: the reason where it does not train, and what was cut."""
     notes = []
     outcome = row.outcome
     if outcome.state != RowState.TRAINS:

@@ -180,6 +180,8 @@ class RecordEntries(RecordModel):
     data: DataEntries = DataEntries()
     code: dict[str, CodeEntries] = {}
     """The code that the config names, by its `python:` path."""
+    warnings: list[dict[str, str]] = []
+    """What usually ruins such a training: `key`, `text` and `fix` of each warning."""
     launch: LaunchEntries = LaunchEntries()
     chat: SavedChatSettings | None = None
     trackers: dict[str, TrackedRun] = {}

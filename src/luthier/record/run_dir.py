@@ -8,6 +8,8 @@ metrics.jsonl   every logged metric, a step a line
 replies.jsonl   held-out rows answered before and after training
 evaluations.jsonl  held-out rows answered at each evaluation, where that is asked for
 rollouts.jsonl  completions of GRPO and RLOO with their rewards, where that is asked for
+report.html     the run as a page: results, curves, data, replies, how to repeat it
+data.json       lengths and some rows as tokens, for the report
 loss.png        the loss over the steps
 profile/        the trace and the table of `trainer.profile`
 model/          the adapter or model, tokenizer, chat template and chat settings
@@ -59,7 +61,7 @@ RunState = Literal["new", "unfinished", "finished"]
 _FILES = (
     *("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl"),
     *("evaluations.jsonl", "rollouts.jsonl", "before.json", "loss.png", "data.png"),
-    "dropped.jsonl",
+    *("dropped.jsonl", "data.json", "report.html"),
 )
 WRITTEN_FILES = WrittenFiles(
     files=(

@@ -28,8 +28,11 @@ from luthier.model.model_class import check_trains_on_text
 from luthier.model.tokenizer import check_vocabulary_in_files, load_tokenizer
 from luthier.model.trainable import make_trainable
 from luthier.model.vision_processor import VisionProcessor
+from luthier.record.checkpoints import METRICS_FILE
 from luthier.record.plots import collect_data_numbers, plot_data
 from luthier.record.record import RunRecord
+from luthier.report.data_summary import write_data_summary
+from luthier.report.run_report import write_report
 from luthier.train import (
     activation_checkpointing,
     console,
@@ -114,6 +117,9 @@ def build_and_fit(
         if is_recorded:
             _record_failure(record, error)
         raise
+    finally:
+        if is_recorded:
+            _write_report(folder)
 
 
 def seed_everything(config: RunConfig) -> None:
@@ -156,8 +162,8 @@ def build_session(
     if is_recorded:
         resume.refuse_changed_inputs(record, inputs, config)
     if is_main_process:
-        _report_data(config, folder, prepared, facts.trained_values)
-        _print_warnings(config, tokenizer, encoder, prepared)
+        _report_data(config, folder, prepared, tokenizer, facts.trained_values)
+        record.entries["warnings"] = _print_warnings(config, tokenizer, encoder, prepared)
     config = activation_checkpointing.resolve_auto_checkpointing(
         config, prepared.train_counts.longest, prepared.largest_images if images else ()
     )
@@ -299,8 +305,10 @@ def data_facts(prepared: PreparedData) -> dict[str, Any]:
     }
 
 
-def _report_data(config: RunConfig, folder: Path, prepared: PreparedData, answers: str) -> None:
-    """Print what the data is, and write the dropped rows and the plot beside the run.
+def _report_data(
+    config: RunConfig, folder: Path, prepared: PreparedData, tokenizer: Any, answers: str
+) -> None:
+    """Print what the data is, and write the dropped rows and pictures of it beside the run.
 
     `answers` says what trains, where that is not tokens of the rows. A dry run writes nothing.
     """
@@ -310,6 +318,17 @@ def _report_data(config: RunConfig, folder: Path, prepared: PreparedData, answer
         console.write_dropped(prepared, folder)
         numbers = collect_data_numbers(prepared, config.chat.max_length)
         plot_data(numbers, folder.name, folder / "data.png")
+        write_data_summary(folder, config, prepared, tokenizer)
+
+
+def _write_report(folder: Path) -> None:
+    """Write the run as a page, however it ended; one that measured nothing has none."""
+    if not (folder / METRICS_FILE).is_file():
+        return
+    try:
+        write_report(folder)
+    except Exception as error:  # whatever it is, hours of training must not end with it
+        console.print_line(f"report    not written: {type(error).__name__}: {error}")
 
 
 _COMPARED_ROWS = 100_000
@@ -318,8 +337,8 @@ _COMPARED_ROWS = 100_000
 
 def _print_warnings(
     config: RunConfig, tokenizer: Any, encoder: Any, prepared: PreparedData
-) -> None:
-    """Print what usually ruins such a training, a line each."""
+) -> list[dict[str, str]]:
+    """Print what usually ruins such a training, a line each, and return it for the record."""
     train = prepared.train
     is_compared = prepared.train_counts.rows <= _COMPARED_ROWS
     facts = collect_run_facts(
@@ -332,8 +351,10 @@ def _print_warnings(
         similar_rows=prepared.count_similar_rows() if is_compared else {},
         processes=PartialState().num_processes,
     )
-    for warning in find_warnings(facts):
+    warnings = find_warnings(facts)
+    for warning in warnings:
         console.print_line(f"warning   {warning}")
+    return [warning._asdict() for warning in warnings]
 
 
 def _record_failure(record: RunRecord, error: BaseException) -> None:
