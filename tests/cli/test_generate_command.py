@@ -45,7 +45,7 @@ def test_a_file_is_answered_row_by_row_and_a_broken_one_goes_on(
     whole = out.read_bytes()
     out.write_bytes(whole[: whole.rfind(b"\n", 0, -1) - 20])
     code, said, err = luthier(*words)
-    assert "goes on behind row 7 of 9" in err and "2 rows" in said
+    assert "continues after row 7 of 9" in err and "2 rows" in said
     assert out.read_bytes() == whole
     assert "has all 9 replies; nothing is left to do" in luthier(*words)[1]
 
@@ -80,7 +80,7 @@ def test_ctrl_c_keeps_what_is_done(luthier, tuned_run, rows, tmp_path, monkeypat
     words = ("generate", tuned_run, rows, "-o", out, "--batch", "2", *SETTINGS)
     code, _, err = luthier(*words)
     assert code == 130
-    assert f"interrupted: 3 of 9 rows are in {out}; the same command goes on" in err
+    assert f"interrupted: 3 of 9 rows are in {out}. Run the same command to continue." in err
     assert len(read(out)) == 3
 
 

@@ -74,7 +74,7 @@ def test_the_merged_model_is_the_one_that_was_trained(folder, whole, capsys):
     assert "whole  " not in said
     difference = re.search(r"logits differ by up to \S+ \((\S+) standard deviations\)", said)
     assert difference is not None and float(difference[1]) < 1e-4
-    assert "the likeliest token is the same at 100.0% of the places" in said
+    assert "the likeliest token is the same at 100.0% of positions" in said
     artifact = find_artifact(str(folder / "whole"))
     machine = Machine("cpu", "float32", "eager")
     trained = load_trained(artifact, machine, load_tokenizer(artifact.base))

@@ -104,8 +104,8 @@ def test_a_dry_run_shows_every_file_and_the_card_and_sends_nothing(run, hub, lut
     assert code == 0
     for name in SENT:
         assert f"  {name}\n" in out
-    assert "stays here  optimizer.pt: a pickle, which can run code" in out
-    assert "stays here  notes.txt: no file of a model" in out
+    assert "not uploaded: optimizer.pt (a pickle, which can run code" in out
+    assert "not uploaded: notes.txt (not a model file)" in out
     assert "## How to use it" in out
     assert out.endswith("nothing was sent (--dry-run)\n")
     assert [one for one in hub.asked if one[0] != "GET"] == []

@@ -130,7 +130,7 @@ def test_a_merged_model_says_what_the_adapter_says(kind, groups, bases, tmp_path
     # The adapter does something: without it the logits are far from these.
     plain = logits(loaded(bases[kind]))[..., : wanted.shape[-1]]
     assert (plain - wanted[..., : plain.shape[-1]]).abs().max() > 1e-3
-    assert "the likeliest token is the same at 100.0% of the places" in out
+    assert "the likeliest token is the same at 100.0% of positions" in out
     assert ("whole  " in out) == ("method" in groups.get("lora", {}))
 
 

@@ -521,7 +521,7 @@ def test_a_server_that_ends_ends_its_replies(long_llm, capfd):
     answers.sort()
     assert [code for code, _ in answers] == [200, 503]
     assert stream_events(answers[0][1])[0][-1]["error"]["code"] == "shutting_down"
-    assert json.loads(answers[1][1])["error"]["message"] == "The server is ending."
+    assert json.loads(answers[1][1])["error"]["message"] == "The server is shutting down."
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err and "ERROR" not in out + err
 

@@ -157,7 +157,7 @@ BROKEN = {
     "good": ([1, 5, 9, 4], [-100, 5, 9, -100], []),
     "wrong label": ([1, 5, 9], [-100, 6, 9], ["labels are the token ids or -100"]),
     "two lengths": ([1, 5, 9], [-100, 5], ["labels are the token ids or -100"]),
-    "two BOS": ([1, 1, 5, 9], [-100, -100, 5, 9], ["the sequence begins with one BOS at most"]),
+    "two BOS": ([1, 1, 5, 9], [-100, -100, 5, 9], ["a sequence begins with at most one BOS"]),
     "no stop": ([1, 5, 9], [-100, 5, -100], ["trained tokens end with a stop token"]),
     "nothing trains": ([1, 5], [-100, -100], ["labels are the token ids or -100"]),
 }

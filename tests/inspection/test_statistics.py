@@ -252,7 +252,7 @@ def test_other_kinds_are_refused_in_words(command, luthier, write):
     write([{"prompt": "a", "chosen": "b", "rejected": "c"}], "a.jsonl")
     code, out, err = luthier(command, *ONE)
     assert (code, out) == (2, "")
-    assert f"luthier {command} looks at conversations and plain texts for now" in err
+    assert f"luthier {command} shows conversations and plain texts only" in err
     assert "dataset: its rows are pairs of a chosen and a rejected reply" in err
 
 
@@ -288,10 +288,10 @@ def test_everything_is_said_to_people(luthier, write):
         "train_on last",
         "mixture of an epoch (dataset.mix=concatenate)",
         "b 4 2 8 44.4%",
-        "equal to an earlier one: 2 rows, kept (dataset.deduplicate=none)",
+        "equal to an earlier row: 2 rows, kept (dataset.deduplicate=none)",
         "a.jsonl:9 equals a.jsonl:3",
-        "like an earlier one but for case, space or Unicode form: 1 row, kept",
-        "held: 2 rows; left out of training, equal to one of them: 1 row; trains, like one of them",
+        "different from an earlier row in case, white space or Unicode form only: 1 row, kept",
+        "held: 2 rows; left out of training because they equal one of them: 1 row; train although",
         "in a batch, padded to the longest:",
         "with trainer.args.packing=true:",
         "every rule holds",

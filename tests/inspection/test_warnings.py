@@ -77,6 +77,10 @@ EVEN = [100] * 400
             "trainer.args.packing=true chat.max_length=512", id="padding without a length",
         ),
         pytest.param(
+            (*LORA, "chat.max_length=512"), {"lengths": UNEVEN[:80]}, "are padding",
+            "trainer.args.train_sampling_strategy=group_by_length", id="too few rows to pack",
+        ),
+        pytest.param(
             (*LORA, "chat.max_length=512"),
             {"lengths": UNEVEN, "model_fields": {"model_type": "bloom"}}, "are padding",
             "trainer.args.train_sampling_strategy=group_by_length", id="padding that cannot pack",

@@ -73,12 +73,12 @@ def run(arguments: list[str]) -> int:
         print(f"{file.path} has all {len(asks.rows):,} replies; nothing is left to do")
         return 0
     if file.done:
-        print(f"goes on behind row {file.done:,} of {len(asks.rows):,}", file=sys.stderr)
+        print(f"continues after row {file.done:,} of {len(asks.rows):,}", file=sys.stderr)
     try:
         _answer(llm, asks, file, typed, parsed)
     except KeyboardInterrupt:
         done = f"{file.done:,} of {len(asks.rows):,} rows are in {file.path}"
-        print(f"\ninterrupted: {done}; the same command goes on", file=sys.stderr)
+        print(f"\ninterrupted: {done}. Run the same command to continue.", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -74,7 +74,7 @@ def print_upload_plan(upload_plan: UploadPlan, target: str, public: bool) -> Non
         print(f"  {_readable(size):>10}  {name}")
     print(f"  {_readable(sum(sizes.values())):>10}  in {len(sizes)} files")
     for name, why in upload_plan.left.items():
-        print(f"  stays here  {name}: {why}")
+        print(f"  not uploaded: {name} ({why})")
 
 
 def _target(parsed: ParsedArguments) -> str:

@@ -171,7 +171,7 @@ def _check_logits(file: Path, order: GgufOrder, say: Callable[[str], None]) -> N
         say(
             f"checked   {difference.prompts} prompts: the file's logits differ by up to "
             f"{difference.relative:.2g} standard deviations; the likeliest token is the same at "
-            f"{difference.agreeing:.1%} of the places"
+            f"{difference.agreeing:.1%} of positions"
         )
     else:
         say(f"checked   {difference.prompts} prompts: the file's logits equal the model's")

@@ -89,7 +89,7 @@ def _reason_to_stay(name: str) -> str:
         return ""
     if name.endswith(_PICKLES):
         return "a pickle, which can run code: weights go as safetensors"
-    return "no file of a model"
+    return "not a model file"
 
 
 def _remove_paths(path: Path, facts: ModelFacts) -> str:

@@ -383,12 +383,12 @@ def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> Logit
     say(
         f"checked   {difference.prompts} prompts: logits differ by up to {difference.largest:.3g} "
         f"({difference.relative:.2g} standard deviations); the likeliest token is the same at "
-        f"{difference.agreeing:.1%} of the places"
+        f"{difference.agreeing:.1%} of positions"
     )
     if difference.rerouted:
         say(
             "          both ran the experts that the model with its adapter chooses; rounded, the "
-            f"merged one chooses others at {difference.rerouted:.2%} of the places"
+            f"merged one chooses others at {difference.rerouted:.2%} of positions"
         )
     refuse_unlike_logits(difference, BOUNDS[dtype], aside)
     return difference

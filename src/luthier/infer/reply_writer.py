@@ -71,7 +71,7 @@ class ReplyWriter:
     def close(self) -> None:
         """End all replies with an error, because the server ends."""
         for tokens in self._waiting:
-            tokens.put(ApiError("The server is ending.", code="shutting_down", status=503))
+            tokens.put(ApiError("The server is shutting down.", code="shutting_down", status=503))
 
     async def write(
         self,

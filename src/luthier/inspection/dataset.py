@@ -207,8 +207,8 @@ def _check_kind(opened: OpenedSource, command: str) -> None:
     if row_format.example_type in _OTHERS:
         raise UserError(
             f"{opened.key}: its rows are {_OTHERS[row_format.example_type]} (type "
-            f"{row_format.type}), and luthier {command} looks at conversations and plain texts "
-            f"for now. If they are conversations all the same, say so: {opened.key}.type=messages."
+            f"{row_format.type}), and luthier {command} shows conversations and plain texts only. "
+            f"If they are conversations all the same, set {opened.key}.type=messages."
         )
 
 

@@ -26,8 +26,8 @@ from luthier.model.tokenizer import describe_padding
 from luthier.terminal import make_console
 
 _EQUAL = {
-    "exact": "equal to an earlier one",
-    "normalised": "like an earlier one but for case, space or Unicode form",
+    "exact": "equal to an earlier row",
+    "normalised": "different from an earlier row in case, white space or Unicode form only",
 }
 Lines = Iterator[str]
 """Lines of a section; one that is set in by two more spaces belongs to the line before it."""
@@ -106,12 +106,15 @@ def held_out_lines(survey: Survey) -> Lines:
 def _overlap(overlap: HeldOutOverlap) -> str:
     description = ""
     if overlap.equal:
-        description += f"; left out of training, equal to one of them: {count_rows(overlap.equal)}"
+        description += (
+            f"; left out of training because they equal one of them: {count_rows(overlap.equal)}"
+        )
     if overlap.similar:
         description += (
-            f"; trains, like one of them but for case, space or Unicode form: {overlap.similar:,}"
+            f"; train although they differ from one of them in case, white space or Unicode form "
+            f"only: {count_rows(overlap.similar)}"
         )
-    return description or "; no training row is like one of them"
+    return description or "; no training row equals one of them"
 
 
 def batch_lines(fill: BatchFill) -> Lines:

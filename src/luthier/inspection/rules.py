@@ -170,7 +170,7 @@ class SequenceRules:
         self._stops = set(encoder.stop_token_ids)
         self._bos = tokenizer.bos_token_id
         self.labels = Rule("labels are the token ids or -100", "sequences")
-        self.bos = Rule("the sequence begins with one BOS at most", "sequences")
+        self.bos = Rule("a sequence begins with at most one BOS", "sequences")
         self.stops = Rule("trained tokens end with a stop token", "replies")
         self.all = [self.labels, self.bos, self.stops]
 
@@ -363,7 +363,7 @@ class PromptComparison:
         for first, second in zip(sequences, others, strict=False):
             if first.input_ids != second.input_ids:
                 named = {chosen: first.input_ids, other: second.input_ids}
-                return RuleExample(row.place, "the tokens part here", self._shown(named))
+                return RuleExample(row.place, "the tokens differ here", self._shown(named))
         return RuleExample(
             row.place, f"{chosen}: {len(sequences)} sequences, {other}: {len(others)} sequences"
         )

@@ -185,7 +185,7 @@ def check_served(word: str, limit: int | None = None, trust: Trust = NO_TRUST) -
     artifact = find_artifact(word, trust=trust)
     if artifact.config is None or artifact.folder is None:
         raise UserError(
-            f"{word}: --served holds a run against its own rows, and this is no run's folder."
+            f"{word}: --served compares a run with its own rows, and this is not a run's folder."
         )
     sources = [*_opened(artifact.config)]
     if not sources:

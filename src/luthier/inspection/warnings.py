@@ -311,16 +311,21 @@ def _padding(facts: RunFacts) -> Iterator[RunWarning]:
     if packed is not None:
         tokens = packed.efficiency * packed.rows * packed.length if packed.length else 0
         times = tokens / fill.padded.efficiency / (packed.rows * (packed.length or 1))
-        steps = f"{packed.batches:,} instead of {fill.padded.batches:,} batches"
-        text += f" Packed rows have {times:.1f} times fewer places to compute, in {steps}."
+        text += (
+            f" With packing, an epoch has {times:.1f} times fewer tokens to compute, in "
+            f"{packed.batches:,} batches instead of {fill.padded.batches:,}."
+        )
     if length is None and facts.lengths is not None:
         fix += f" chat.max_length={_round_up(int(facts.lengths.max()))}"
     yield RunWarning("trainer.args.packing", text, fix)
 
 
 def _can_pack(facts: RunFacts) -> bool:
-    config = facts.config
+    config, fill = facts.config, facts.fill
     if config.trainer.base_method not in _TOKEN_METHODS or config.model.loader is not None:
+        return False
+    # Few rows that share a few packed ones would leave hardly a step to take.
+    if fill is not None and fill.packed is not None and fill.packed.batches < _FEWEST_STEPS:
         return False
     return find_packing_problem(facts.model_fields) is None
 
