@@ -32,6 +32,19 @@ def files(write):
 # What comes out of one file
 
 
+def test_training_rows_like_a_held_out_row_are_counted(write):
+    write("train.jsonl", replies("a", "B ", "c", "d"))
+    write("held.jsonl", replies("b", "x"))
+    write("other.jsonl", replies("C", "D", "d"))
+    sets = {"other": {"path": "other.jsonl"}}
+    found = prepared({"path": "train.jsonl", "eval": {"path": "held.jsonl", "sets": sets}})
+    # "d" stands on both sides as it is, so it does not train.
+    assert found.count_similar_rows() == {"": 1, "other": 1}
+    normalised = {"path": "train.jsonl", "deduplicate": "normalised"}
+    found = prepared(normalised | {"eval": {"path": "held.jsonl", "sets": sets}})
+    assert found.count_similar_rows() == {"": 0, "other": 0}
+
+
 def test_one_file(write):
     write("data.jsonl", [pair("ab", "cd"), pair("e", "f|gh"), pair("i", "-")])
     found = prepared({"path": "data.jsonl"})

@@ -43,7 +43,7 @@ def test_a_run_becomes_one_file_with_the_logits_of_its_merged_model(luthier, run
     assert (code, err) == (0, "")
     file = run / "merged.gguf"
     assert "the file's logits" in out
-    assert f"next      llama-server -m {file}" in out
+    assert f"next      llama-server --jinja -m {file}" in out
     template = (run / "merged" / "chat_template.jinja").read_text(encoding="utf-8")
     assert read_metadata(file)["tokenizer.chat_template"] == template
     code, _, err = luthier("merge", run, "--to", "gguf", "--llama-cpp", llama_cpp)

@@ -149,7 +149,7 @@ def _write_gguf(artifacts: list[Artifact], weights: list[float], parsed: ParsedA
     outtype = choose_outtype(folder, parsed.texts["--to"] == "gguf-q8_0")
     verify = "--no-verify" not in parsed.switches
     write_gguf(GgufOrder(folder, file, outtype, converter, verify), print)
-    print(f"next      llama-server -m {shlex.quote(str(file))}")
+    print(f"next      llama-server --jinja -m {shlex.quote(str(file))}")
     if (notes := folder / "EXPORT.md").is_file():
         print(f"          Ollama: the Modelfile in {notes}, with FROM {file.resolve()}")
     return 0

@@ -9,6 +9,7 @@ and needs no torch.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -94,12 +95,20 @@ def read_metadata(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
+@lru_cache
+def _hash_once(file: Path, size: int, modified: int) -> str:
+    """Return the hash of a file, which may be gigabytes, once for each of its states."""
+    return hash_file(file)
+
+
 def converted_folder(file: Path, content: str = "model") -> Path:
     """Return the folder that a file is converted into, there or not yet; its name has its hash.
 
     `content`: `model` for everything, `tokenizer` for the tokenizer alone.
     """
-    name = f"{file.stem}-{hash_file(file)[:16]}-v{CONVERSION_VERSION}"
+    state = file.stat()
+    name = f"{file.stem}-{_hash_once(file, state.st_size, state.st_mtime_ns)[:16]}"
+    name += f"-v{CONVERSION_VERSION}"
     return cache.cache_root() / "gguf" / name / content
 
 

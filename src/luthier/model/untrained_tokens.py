@@ -62,7 +62,7 @@ def find_weights_folder(config: ModelConfig) -> Path | None:
     try:
         file = source.find_gguf_file(config.path)
         folder = source.local_folder(config) if file is None else gguf.converted_folder(file)
-    except UserError:
+    except (UserError, OSError):
         return None
     return folder if folder is not None and folder.is_dir() else None
 
