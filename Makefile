@@ -31,8 +31,8 @@ quickstart: announce $(VENV)/.run
 announce:
 	@echo "Fine-tunes SmolLM2-135M with QLoRA until it turns notes into JSON. No GPU is needed."
 	@[ -e $(VENV)/.run ] || echo "  installs   into $(VENV): $(DOWNLOAD)"
-	@echo "  trains     80 steps on 320 notes; answers 50 held-out notes before and after"
-	@echo "  writes     runs/quickstart/default: adapter, loss plot, replies, model card"
+	@echo "  trains     80 steps of 4 notes; answers 50 held-out notes before and after"
+	@echo "  writes     runs/quickstart/default: adapter, report.html, replies, model card"
 	@echo "  takes      5 to 10 minutes on two cores, 4 GB of memory"
 
 test: lint $(VENV)/.deepspeed
