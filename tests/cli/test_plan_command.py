@@ -56,12 +56,21 @@ def test_a_plan_is_a_table(on_shapes):
         "optimizer",
         "activations",
         "CUDA context",
-        "together",
-        "room",
+        "total",
+        "available",
     ):
         assert word in out
     assert "fits: one process" in out
     assert "4 rows of 64 tokens, bfloat16 autocast, sdpa with a mask" in out
+
+
+def test_small_data_is_planned_by_its_longest_row(plan_command, tmp_path):
+    cache = tmp_path / "cache"
+    words = ("recipe=quickstart", f"dataset.cache={cache}", "--memory", "24GB")
+    code, out, _ = plan_command(*words)
+    assert code == 0 and "4 rows of 97 tokens" in out
+    assert "your longest row has 97 tokens: " in out and "rows of 512 tokens would need " in out
+    assert not cache.exists(), "a plan writes nothing"
 
 
 def test_what_does_not_fit_exits_with_1_and_says_what_to_change(on_shapes):

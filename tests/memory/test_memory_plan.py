@@ -45,7 +45,7 @@ def test_parts_add_up(wide, configured):
 def test_the_process_of_a_cpu_counts_its_libraries(wide, configured):
     named = parts(plan_memory(configured(wide)).best)
     assert named["libraries"] == workload.PROCESS_OVERHEAD
-    assert "lost in the heap" not in named
+    assert "heap overhead" not in named
 
 
 def test_the_heap_of_a_cpu_keeps_some_where_nothing_else_was_said(wide, configured, monkeypatch):
@@ -54,7 +54,7 @@ def test_the_heap_of_a_cpu_keeps_some_where_nothing_else_was_said(wide, configur
     # On a CPU no logits are left at the peak: the output layer drops them in its forward.
     assert "output layer" not in named
     passing = named["activations"]
-    assert named["lost in the heap"] == pytest.approx(0.3 * passing, rel=0.01)
+    assert named["heap overhead"] == pytest.approx(0.3 * passing, rel=0.01)
 
 
 def test_checkpoints_keep_the_inputs_of_layers(shapes, configured):

@@ -2,6 +2,8 @@
 
 from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
@@ -73,7 +75,7 @@ def plan_and_advise(
     from luthier.errors import UserError
     from luthier.memory.advice import advise
     from luthier.memory.plan import plan_memory
-    from luthier.memory.workload import bound_by_rows, format_size
+    from luthier.memory.workload import bound_by_rows
     from luthier.model.model_images import find_model_images
     from luthier.train.launch.fsdp import check_fsdp_config
 
@@ -94,17 +96,16 @@ def plan_and_advise(
         longest, images = _largest_rows(config) or (0, ())
         bounded = bound_by_rows(config, longest)
         if bounded.chat.max_length != config.chat.max_length:
-            worst, work = memory_plan, memory_plan.workload
+            allowed = memory_plan.workload.length, memory_plan.best.total
             memory_plan = plan_memory(bounded, hardware, usual, images)
-            note = (
-                f"No encoded row is longer than {longest:,} tokens, and that is planned for. Rows "
-                f"of {work.length:,} would take {format_size(worst.best.total)}."
-            )
-            memory_plan = _with_note(memory_plan, note)
+            memory_plan = replace(memory_plan, longest_allowed=allowed)
         elif images:
             memory_plan = plan_memory(config, hardware, usual, images)
         elif bound_by_rows(config, 1) != config and not longest:
-            note = "Rows that are encoded (luthier prepare) are planned for by the longest of them."
+            note = (
+                "The rows are not encoded yet, so the longest allowed row is planned. After "
+                "`luthier prepare` the plan is for the longest row of the data."
+            )
             memory_plan = _with_note(memory_plan, note)
         if images:
             pixels = sum(height * width for height, width in images)
@@ -124,21 +125,49 @@ def _with_note(memory_plan: "MemoryPlan", note: str) -> "MemoryPlan":
     return replace(memory_plan, workload=with_note)
 
 
-def _largest_rows(config: "RunConfig") -> "LargestRows | None":
-    """Return how large training rows get; None where the cache does not hold all rows.
+_QUICKLY_ENCODED = 8 * 2**20
+"""Bytes of data that are encoded for a plan where the cache does not hold their rows: seconds."""
 
-    What keeps the rows from being read is for the training to say.
+
+def _largest_rows(config: "RunConfig") -> "LargestRows | None":
+    """Return how large training rows get; None where that is not known in seconds.
+
+    They are those of the cache. Small files that it does not hold are encoded, and nothing of that
+    stays. What keeps the rows from being read is for the training to say.
     """
     from luthier.chat import ChatError
-    from luthier.data.prepare import find_largest_rows
+    from luthier.data.prepare import find_largest_rows, prepare
     from luthier.errors import UserError
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train.methods import make_row_encoders
 
     with suppress(UserError, ChatError):
-        tokenizer = load_tokenizer(config.model)
-        return find_largest_rows(config.dataset, make_row_encoders(config, tokenizer), tokenizer)
+        tokenizer, dataset = load_tokenizer(config.model), config.dataset
+        encoders = make_row_encoders(config, tokenizer)
+        largest = find_largest_rows(dataset, encoders, tokenizer)
+        if largest is None and _is_quickly_encoded(config):
+            with TemporaryDirectory() as cache:
+                elsewhere = dataset.model_copy(update={"cache": cache, "workers": 1})
+                prepare(elsewhere, encoders, tokenizer, config.seed)
+                return find_largest_rows(elsewhere, encoders, tokenizer)
+        return largest
     return None
+
+
+def _is_quickly_encoded(config: "RunConfig") -> bool:
+    """Return whether all training rows are in small files of this machine."""
+    from luthier.data.examples import DatasetSources, source_key
+
+    if config.dataset.streaming:
+        return False
+    sources = DatasetSources(config.dataset)
+    opened = [sources.open(source_key(name, sources.train)) for name in sources.train]
+    if not all(source.source.files for source in opened):
+        return False
+    files = {Path(file) for source in opened for file in source.source.files}
+    return all(file.is_file() for file in files) and (
+        sum(file.stat().st_size for file in files) <= _QUICKLY_ENCODED
+    )
 
 
 def plan_as_values(memory_plan: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:

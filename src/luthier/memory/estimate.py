@@ -116,7 +116,7 @@ def estimate_memory(
     if hardware.kind == "cpu":
         step_bytes = sum(item.bytes for item in momentary)
         lost = heap_overhead(step_bytes, workload.checkpointing is not None)
-        items.append(MemoryItem("lost in the heap", lost))
+        items.append(MemoryItem("heap overhead", lost))
         items.append(MemoryItem("mapped file", _mapped_file_bytes(step, file_dtype)))
     # What a process takes before it holds a tensor.
     items.append(MemoryItem("CUDA context" if on_gpu else "libraries", hardware.overhead))

@@ -59,6 +59,9 @@ class MemoryPlan:
     """Number format -> bytes of the experts that stay in it although the run quantizes."""
     packing: str | None = None
     """What is quantized and what is not, in words; None for a run that quantizes nothing."""
+    longest_allowed: tuple[int, int] | None = None
+    """The tokens of the longest rows that the configuration allows, and the bytes of a step of such
+    rows; None where that is what is planned."""
 
     @property
     def best(self) -> Estimate:
@@ -127,9 +130,18 @@ def choose_checkpointing(
     up only for memory that is not there. `hardware` is this machine and `sharding` one process
     where they are None; `images` as in `plan_memory`, which raises UserError as this does.
     """
+    return plan_auto(config, hardware, sharding, images).workload.checkpointing is not None
+
+
+def plan_auto(
+    config: RunConfig,
+    hardware: Hardware | None = None,
+    sharding: Sharding | None = None,
+    images: tuple[tuple[int, int], ...] = (),
+) -> MemoryPlan:
+    """Plan a run as `choose_checkpointing` does, with the checkpointing that it decides."""
     with_auto = config.with_trainer_args(activation_checkpointing=AUTO_CHECKPOINTING)
-    plan = plan_memory(with_auto, hardware, (sharding or Sharding(),), images)
-    return plan.workload.checkpointing is not None
+    return plan_memory(with_auto, hardware, (sharding or Sharding(),), images)
 
 
 @contextmanager

@@ -24,7 +24,10 @@ _ROW_ORDER = (
     "weights", "reference", "teacher", "reward", "adapters", "trained", "master", "optimizer",
     "gathered", "gradients", "gradient", "activations", "output", "backward", "update",
 )  # fmt: skip
-_MOMENT_NAMES = {"step": "in forward and backward", "update": "when the weights are changed"}
+_MOMENT_NAMES = {
+    "step": "during the forward/backward pass",
+    "update": "when the optimizer updates weights",
+}
 
 
 def print_plan(plan: MemoryPlan, advice: list[Advice], console: Console | None = None) -> None:
@@ -63,11 +66,11 @@ def _heading(plan: MemoryPlan) -> dict[str, str]:
     """Return the lines above the table: model, step and machine."""
     work, hardware = plan.workload, plan.hardware
     if work.checkpointing is None:
-        activations = "activations offloaded" if work.offload else "activations kept"
+        activations = "activations offloaded" if work.offload else "no gradient checkpointing"
     else:
         every = work.checkpointing.every_n_layers
         layers = f" in one of {every} layers" if every > 1 else ""
-        activations = f"activations computed again{layers} (checkpointing)"
+        activations = f"gradient checkpointing{layers}"
     rows = f"{work.rows} rows of {work.length:,} tokens"
     precision = f"{work.autocast} autocast" if work.autocast else plan.dtype
     mask = " with a mask" if work.masked else ""
@@ -76,9 +79,15 @@ def _heading(plan: MemoryPlan) -> dict[str, str]:
     else:
         machine = f"{hardware.name}, {format_size(hardware.memory)} free now"
     sizes = [format_parameter_count(count) for count in (plan.parameters, plan.trained)]
+    longest = {}
+    if plan.longest_allowed is not None:
+        tokens, size = plan.longest_allowed
+        planned = f"your longest row has {work.length:,} tokens: {format_size(plan.best.total)}"
+        longest = {"rows": f"{planned}; rows of {tokens:,} tokens would need {format_size(size)}"}
     return {
         "model": f"{plan.model}, {sizes[0]} parameters, {sizes[1]} train",
         "step": f"{rows}, {precision}, {plan.attention}{mask}, {activations}, {work.optimizer}",
+        **longest,
         "machine": machine,
     }
 
@@ -97,8 +106,8 @@ def _memory_table(plan: MemoryPlan) -> Table:
             table.add_row(name, *cells)
     table.add_section()
     totals = [format_size(estimate.total) for estimate in plan.estimates]
-    table.add_row("together", *totals, style="bold")
-    table.add_row("room", *(format_size(estimate.room) for estimate in plan.estimates))
+    table.add_row("total", *totals, style="bold")
+    table.add_row("available", *(format_size(estimate.room) for estimate in plan.estimates))
     left = [
         Text(
             format_size(estimate.room - estimate.total),
@@ -120,8 +129,8 @@ def _notes(plan: MemoryPlan) -> list[str]:
     """Return the sentences below the table: what the numbers leave out or assume."""
     best, work = plan.best, plan.workload
     notes = [
-        f"The most is held {_MOMENT_NAMES[best.moment]}; {FREE_SHARE:.0%} of the machine are left "
-        "free. Evaluation and generated replies are not counted."
+        f"Memory peaks {_MOMENT_NAMES[best.moment]}. {FREE_SHARE:.0%} is kept in reserve. "
+        "Evaluation and generated replies are not counted."
     ]
     if best.elsewhere:
         notes.append(
@@ -131,7 +140,7 @@ def _notes(plan: MemoryPlan) -> list[str]:
     if not optimizers.find_optimizer(work.optimizer).is_known:
         notes.append(f"optimizer {work.optimizer}: two float32 states are assumed.")
     if plan.hardware.kind == "cpu" and keeps_freed_blocks():
-        notes.append(f"Nothing is lost in the heap with {RETURN_FREED_BLOCKS} before the command.")
+        notes.append(f"To avoid the heap overhead, run with {RETURN_FREED_BLOCKS}.")
     if plan.packing is not None:
         notes.append(f"{plan.packing}.")
     unpacked = describe_unpacked_experts(plan.unpacked_experts)

@@ -182,6 +182,9 @@ class RecordEntries(RecordModel):
     """The code that the config names, by its `python:` path."""
     warnings: list[dict[str, str]] = []
     """What usually ruins such a training: `key`, `text` and `fix` of each warning."""
+    memory_plan: dict[str, float] = {}
+    """What was planned for one process: `gib` of `room_gib`, for `rows` of `tokens`; empty where
+    `activation_checkpointing` is not `auto`."""
     launch: LaunchEntries = LaunchEntries()
     chat: SavedChatSettings | None = None
     trackers: dict[str, TrackedRun] = {}

@@ -5,28 +5,45 @@ from accelerate.utils import broadcast_object_list
 
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
-from luthier.memory import choose_checkpointing
+from luthier.memory.plan import MemoryPlan, plan_auto
 from luthier.memory.sharding import Sharding
-from luthier.memory.workload import AUTO_CHECKPOINTING, bound_by_rows, detect_hardware
+from luthier.memory.workload import (
+    AUTO_CHECKPOINTING,
+    GIB,
+    bound_by_rows,
+    detect_hardware,
+    format_size,
+)
+from luthier.record.record import RunRecord
 from luthier.train import console
 from luthier.train.launch.request import LaunchRequest, read_launch_request
 
 
 def resolve_auto_checkpointing(
-    config: RunConfig, longest: int = 0, images: tuple[tuple[int, int], ...] = ()
+    config: RunConfig,
+    longest: int = 0,
+    images: tuple[tuple[int, int], ...] = (),
+    record: RunRecord | None = None,
 ) -> RunConfig:
     """Return the config with `auto` decided by the memory plan, the same on all ranks.
 
     `longest` is the longest training row in tokens; 0 where it is not known, so that
     `chat.max_length` counts. `images` are the height and width of the images of the row with most.
     The first rank plans, since free memory may differ between ranks. Where a run cannot be
-    planned, activations are computed again, which is slower and always fits best.
+    planned, activations are computed again, which is slower and always fits best. The plan becomes
+    an entry of `record`.
     """
     if config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
         return config
     chosen: list[bool] = [True]
     if PartialState().is_main_process:
-        chosen = [_plan_checkpointing(bound_by_rows(config, longest), images)]
+        plan = _plan_and_print(config, longest, images)
+        chosen = [plan is None or plan.workload.checkpointing is not None]
+        if plan is not None and record is not None:
+            record.entries["memory_plan"] = {
+                "gib": round(plan.best.total / GIB, 2), "room_gib": round(plan.best.room / GIB, 2),
+                "rows": plan.workload.rows, "tokens": plan.workload.length,
+            }  # fmt: skip
     broadcast_object_list(chosen)
     return config.with_trainer_args(activation_checkpointing=chosen[0])
 
@@ -43,17 +60,33 @@ def planned_sharding(request: LaunchRequest | None, processes: int) -> Sharding:
     return Sharding("ddp", processes)
 
 
-def _plan_checkpointing(config: RunConfig, images: tuple[tuple[int, int], ...]) -> bool:
-    """Return whether activations are computed again, and print why."""
+def _plan_and_print(
+    config: RunConfig, longest: int, images: tuple[tuple[int, int], ...]
+) -> MemoryPlan | None:
+    """Return the plan of a run and print what it decides; None where it cannot be planned."""
     processes = PartialState().num_processes
     try:
         hardware = detect_hardware(config.model, processes)
-        recomputes = choose_checkpointing(
-            config, hardware, planned_sharding(read_launch_request(), processes), images
-        )
+        sharding = planned_sharding(read_launch_request(), processes)
+        plan = plan_auto(bound_by_rows(config, longest), hardware, sharding, images)
     except UserError as error:
-        console.print_line(f"memory    not planned ({error}); activations are computed again")
-        return True
-    decision = "would not fit and are computed again" if recomputes else "fit and are kept"
-    console.print_line(f"memory    activations {decision}")
-    return recomputes
+        console.print_line(f"memory    not planned ({error}); gradient checkpointing is on")
+        return None
+    console.print_line(f"memory    {_describe_plan(plan, config.chat.max_length)}")
+    return plan
+
+
+def _describe_plan(plan: MemoryPlan, max_length: int | None) -> str:
+    """Return what a plan says, for the line that a run prints."""
+    work, best = plan.workload, plan.best
+    is_longest = max_length is not None and work.length < max_length
+    length = f"{work.length:,} tokens"
+    if is_longest:
+        length += f" (the longest; chat.max_length allows {max_length:,})"
+    decision = "off: activations fit"
+    if work.checkpointing is not None:
+        decision = "on: activations would not fit without it"
+    return (
+        f"{format_size(best.total)} planned of {format_size(best.room)}, for {work.rows} rows of "
+        f"{length}; gradient checkpointing is {decision}"
+    )

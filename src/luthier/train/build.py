@@ -165,7 +165,7 @@ def build_session(
         _report_data(config, folder, prepared, tokenizer, facts.trained_values)
         record.entries["warnings"] = _print_warnings(config, tokenizer, encoder, prepared)
     config = activation_checkpointing.resolve_auto_checkpointing(
-        config, prepared.train_counts.longest, prepared.largest_images if images else ()
+        config, prepared.train_counts.longest, prepared.largest_images if images else (), record
     )
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
