@@ -42,6 +42,16 @@ COMMANDS = {
         "train on several devices, by accelerate",
         "luthier.cli.launch:run",
     ),
+    "init": Command(
+        "init DATA [key=value ...]",
+        "a recipe for your own rows, written for you",
+        "luthier.cli.init:run",
+    ),
+    "convert": Command(
+        "convert FILE",
+        "a recipe of an axolotl, LLaMA-Factory or TRL config",
+        "luthier.cli.convert:run",
+    ),
     "preview": Command(
         "preview recipe=NAME [key=value ...]",
         "rows of the dataset as tokens: what trains",
