@@ -59,8 +59,8 @@ def check_requirements(config: ModelConfig, args: TrainerArgs) -> None:
     `choose_machine` asks torch itself, later.
     """
     _check_attention(config.attention)
-    is_without_gpu = config.device == "cpu" or (config.device == "auto" and _has_surely_no_gpu())
-    if config.device == "cuda" and _has_surely_no_gpu():
+    is_without_gpu = config.device == "cpu" or (config.device == "auto" and has_surely_no_gpu())
+    if config.device == "cuda" and has_surely_no_gpu():
         raise UserError(_NO_CUDA)
     settings = {
         "model.dtype=float16": config.dtype == "float16" and args.fp16 is not False,
@@ -107,7 +107,7 @@ def _check_attention(attention: str) -> None:
     )
 
 
-def _has_surely_no_gpu() -> bool:
+def has_surely_no_gpu() -> bool:
     """Return whether torch is a build for CPUs alone, or Linux has no driver; imports no torch."""
     if sys.platform == "darwin":
         return False

@@ -33,14 +33,10 @@ _MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audi
 
 def describe_no_format(detection: DetectionInput, variants: Sequence[FormatVariant]) -> str:
     """Return the text for columns that fit no format, or not the one that the config names."""
-    problem = "show no format that luthier reads"
+    problem = "do not say what kind of rows these are"
     if detection.config.type != "auto":
         problem = f"do not show the type {detection.config.type}"
-    advice = (
-        f"Map its columns, such as {detection.key}.columns.prompt=NAME "
-        f"{detection.key}.columns.completion=NAME with the names that stand above; "
-        "`luthier docs formats` has all types."
-    )
+    advice = f"{_example_mapping(detection)} All types of rows: `luthier docs formats`."
     return "\n".join(
         [
             f"dataset: the columns of {detection.source} {problem}.",
@@ -50,6 +46,25 @@ def describe_no_format(detection: DetectionInput, variants: Sequence[FormatVaria
             *(_misspelt_columns(detection, variants) or [advice]),
         ]
     )
+
+
+def _example_mapping(detection: DetectionInput) -> str:
+    """Return what to set, with the columns of the source itself as an example."""
+    texts = [
+        name
+        for name in detection.columns
+        if isinstance(value := detection.rows[0].fields.get(name), str)
+        and not value.strip().replace(".", "", 1).isdigit()
+    ]
+    if len(texts) > 1:
+        prompt, reply = texts[:2]
+        mapping = _as_settings(detection.key, {"prompt": prompt, "completion": reply})
+        return f"If {prompt!r} is a prompt and {reply!r} its reply: {mapping}."
+    if texts:
+        mapping = _as_settings(detection.key, {"text": texts[0]})
+        return f"If {texts[0]!r} is a text to train on as it stands: {mapping}."
+    mapping = f"{detection.key}.columns.prompt=NAME {detection.key}.columns.completion=NAME"
+    return f"Say which column is which: {mapping}."
 
 
 def _describe_source(detection: DetectionInput) -> list[str]:
