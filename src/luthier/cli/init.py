@@ -145,7 +145,9 @@ def _print_rows(survey: "RowSurvey") -> None:
     if extras:
         _print_line("rows", ", ".join(extras))
     if survey.labels:
-        shown = [f"{label} ({count:,})" for label, count in survey.labels.most_common(8)]
+        verdicts = {"True": "good", "False": "bad"} if survey.example_type == "unpaired" else {}
+        common = survey.labels.most_common(8)
+        shown = [f"{verdicts.get(label, label)} ({count:,})" for label, count in common]
         more = f", and {len(survey.labels) - 8:,} more" if len(survey.labels) > 8 else ""
         _print_line("labels", f"{len(survey.labels):,}: {', '.join(shown)}{more}")
 
@@ -225,9 +227,10 @@ def _print_recipe(inputs: "RecipeInputs", path: Path) -> None:
     if choice.lora:
         how = "QLoRA" if choice.quantization else "LoRA"
     print(f"\nwritten {path}: trainer={inputs.method}, {choice.name} ({how})")
-    _print_line("model", f"{choice.why}. Another one: luthier init ... --model NAME_OR_FOLDER")
+    if not choice.is_typed:
+        _print_line("model", f"{choice.why}. Another one: luthier init ... --model PATH")
     if choice.note:
-        _print_line("", choice.note)
+        _print_line("model" if choice.is_typed else "", choice.note)
 
 
 def _print_next(inputs: "RecipeInputs", command: str, recipe: str) -> None:

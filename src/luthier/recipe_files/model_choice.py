@@ -22,6 +22,7 @@ _VISION = ((24, "Qwen/Qwen2.5-VL-7B-Instruct"), (8, "Qwen/Qwen2.5-VL-3B-Instruct
            (0, "HuggingFaceTB/SmolVLM-256M-Instruct"))  # fmt: skip
 _ENCODERS = {"classify": "answerdotai/ModernBERT-base", "tag": "google-bert/bert-base-cased"}
 _SEQ2SEQ = ((8, "google/flan-t5-base"), (0, "google/flan-t5-small"))
+_AS_TYPED = "as it was typed"
 _NF4_BELOW = 48
 """GiB of a GPU under which an 8B model gets 4-bit weights."""
 
@@ -38,6 +39,11 @@ class ModelChoice:
     why: str
     note: str = ""
     """What to do before it can be loaded; empty where it is on this machine."""
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether the user named it."""
+        return self.why == _AS_TYPED
 
     @property
     def config(self) -> ModelConfig:
@@ -117,8 +123,8 @@ def _typed(path: str, trains_encoder: bool) -> ModelChoice:
     if not needs_hub(path) and not path.startswith(PACKAGE_PREFIX):
         if not Path(path).expanduser().exists():
             raise UserError(f"--model {path}: there is no such folder.")
-        return ModelChoice("hub", path, not trains_encoder, None, "as it was typed")
-    return ModelChoice("hub", path, not trains_encoder, None, "as it was typed", _missing(path))
+        return ModelChoice("hub", path, not trains_encoder, None, _AS_TYPED)
+    return ModelChoice("hub", path, not trains_encoder, None, _AS_TYPED, _missing(path))
 
 
 def _missing(path: str) -> str:

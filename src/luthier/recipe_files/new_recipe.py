@@ -22,19 +22,14 @@ TRAINERS = {
 }
 """What rows are -> the method that trains on them."""
 _WORDS = {
-    "sft": "supervised fine-tuning",
-    "pretrain": "continued pre-training",
-    "dpo": "preference optimisation (DPO)",
-    "kto": "learning from good and bad replies (KTO)",
-    "classify": "classification",
-    "tag": "tagging of words",
-    "seq2seq": "one text from another",
-    "grpo": "learning from rewards (GRPO)",
-}
-_OTHERS = {
-    "dpo": "trainer=orpo, cpo, kto and reward take the same rows",
-    "sft": "",
-    "classify": "",
+    "sft": "Supervised fine-tuning",
+    "pretrain": "Continued pre-training",
+    "dpo": "Preference optimisation (DPO)",
+    "kto": "Learning from good and bad replies (KTO)",
+    "classify": "Classification",
+    "tag": "Tagging of words",
+    "seq2seq": "One text from another",
+    "grpo": "Learning from rewards (GRPO)",
 }
 _GPU_LONGEST, _CPU_LONGEST = 4096, 1024
 """The longest sequences that a new recipe begins with; longer rows are cut or windowed."""
@@ -77,7 +72,7 @@ def draft_recipe(inputs: RecipeInputs, command: str) -> RecipeDraft:
     survey = inputs.survey
     more = "" if survey.is_all else " and more"
     draft.header = [
-        f"{_WORDS[inputs.method].capitalize()} on {_path_words(inputs.source)}: "
+        f"{_WORDS[inputs.method]} on {_path_words(inputs.source)}: "
         f"{survey.rows:,}{more} rows, {inputs.choice.name}.",
         f"Needs: {_needs(inputs)}.",
         f"Command: {command}",
@@ -95,13 +90,13 @@ def _needs(inputs: RecipeInputs) -> str:
     if inputs.choice.option == "smollm2_135m":
         needs.append("2 CPU cores and 2 GB of memory")
     elif inputs.memory:
-        needs.append(f"planned for a GPU of {inputs.memory} GB (`luthier plan` counts it)")
+        needs.append(f"chosen for a GPU of {inputs.memory} GB (see `luthier plan`)")
     else:
-        needs.append("planned for a CPU (`luthier plan` counts the memory)")
+        needs.append("chosen for a CPU (see `luthier plan`)")
     if inputs.choice.quantization:
         needs.append("bitsandbytes")
     if inputs.choice.note:
-        needs.append("the network on first use, or the model in the hub's cache")
+        needs.append("the network on first use")
     return "; ".join(needs)
 
 
