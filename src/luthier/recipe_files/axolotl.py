@@ -120,6 +120,9 @@ def _model(conversion: Conversion) -> None:
         conversion.refuse(
             {key: "write it into a copy of the model's config.json, and name that folder"}
         )
+    if value := conversion.take("processor_kwargs"):
+        about = "settings of the image processor"
+        conversion.set_key("model.processor", value, "processor_kwargs", about)
     for key in ("model_kwargs", "overrides_of_model_kwargs"):
         if value := conversion.take(key):
             conversion.set_key("model.kwargs", value, key, "goes to from_pretrained")

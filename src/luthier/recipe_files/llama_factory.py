@@ -655,7 +655,7 @@ def _needless(conversion: Conversion) -> None:
 
 
 _OPTIMIZERS = "luthier has no equal; trainer.optimizer.name takes a function of your own"
-_PIXELS = "the size of images stands in preprocessor_config.json, in a copy of the model's folder"
+_PIXELS = "set it for the model's own image processor in model.processor (docs/images.md)"
 
 
 def _refused(conversion: Conversion) -> None:
