@@ -174,13 +174,14 @@ def _with_variables(value: str, text: str) -> str:
 
 
 def find_mistakes(overrides: list[str]) -> list[Mistake]:
-    """Return everything that is wrong with the config that these overrides make."""
+    """Return what is wrong with the config that these overrides make, once for each key."""
     composed = compose_config(overrides)
     resolved = resolve_config(composed)
     passed = check_pass_through(resolved)
     _, wrong = validate_config(resolved)
     together = [] if composed.unsure else check_combinations(resolved)
-    return [*composed.mistakes, *wrong, *passed, *together]
+    found = [*composed.mistakes, *wrong, *passed, *together]
+    return list({mistake.key: mistake for mistake in reversed(found)}.values())[::-1]
 
 
 def _drop_refused(conversion: Conversion) -> list[Mistake]:
