@@ -100,6 +100,7 @@ def test_columns_of_no_format_are_answered_with_the_users_own_names(luthier, wor
         ([], "takes one file"),
         (["rows.jsonl", "other.jsonl"], "Several files are a glob in quotes"),
         (["rows.jsonl", "trainer=dpo"], "settings of the dataset"),
+        (["rows.jsonl", "dataset.eval.share=0.1"], "dataset.eval.share: change it in the recipe"),
         (["rows.jsonl", "dataset.colums.prompt=a"], "dataset.colums"),
         (["missing.jsonl"], "missing.jsonl"),
         (["rows.jsonl", "--model", "./none"], "there is no such folder"),

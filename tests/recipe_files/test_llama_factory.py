@@ -71,6 +71,7 @@ CASES = {
         {"finetuning_type": "full", "pure_bf16": True, "enable_liger_kernel": True},
         {"trainer.args.bf16": True, "trainer.args.use_liger_kernel": True},
     ),
+    "the command says that it trains": ({"do_train": ...}, {"dataset.path": "data/plain.json"}),
     "oft": (
         {"finetuning_type": "oft", "oft_block_size": 16, "oft_target": "all"},
         {"lora.oft_block_size": 16, "lora.r": 0, "lora.target_modules": "all-linear"},
@@ -199,6 +200,7 @@ def test_frozen_layers_are_not_trained_in_silence(workplace):
 REFUSED = {
     "online": ({"stage": "ppo"}, "does not train this way"),
     "merging": ({"export_dir": "out", "do_train": ...}, "luthier merge"),
+    "talking": ({"do_train": ..., "dataset": ...}, "trains nothing"),
     "answers": ({"do_train": ..., "do_predict": True}, "luthier generate"),
     "v1": ({"model": "a", "model_class": "llm", "stage": ...}, "experimental"),
     "an unknown name": ({"dataset": "plane"}, "Did you mean plain"),

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.config.compose import parse_overrides
-from luthier.config.schema import SourceConfig
+from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.config.validate import validate_config
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError
 from luthier.recipe_files.draft import (
     command_prefix,
     recipe_name,
@@ -80,9 +80,9 @@ def run(arguments: list[str]) -> int:
 
 def _source(parsed: ParsedArguments) -> tuple[SourceConfig, str]:
     """Return the source that was typed, and its first path."""
-    paths = [word for word in parsed.overrides if "=" not in word]
-    lines = [word for word in parsed.overrides if "=" in word]
-    if len(paths) != 1 or any(not line.startswith("dataset.") for line in lines):
+    lines = [w for w in parsed.overrides if w.startswith("dataset.") and "=" in w]
+    paths = [word for word in parsed.overrides if word not in lines]
+    if len(paths) != 1:
         raise UserError(
             "luthier init takes one file, folder, glob or hub name, and settings of the dataset "
             "such as dataset.columns.prompt=NAME: luthier init my_data.jsonl. Several files are a "
@@ -92,6 +92,9 @@ def _source(parsed: ParsedArguments) -> tuple[SourceConfig, str]:
     settings: dict[str, Any] = {"path": paths[0]}
     for override in typed:
         node, (*groups, name) = settings, override.key.split(".")[1:]
+        first = (*groups, name)[0]
+        if first in DatasetConfig.model_fields and first not in SourceConfig.model_fields:
+            mistakes.append(Mistake(override.key, "change it in the recipe, once it is written."))
         for group in groups:
             node = node.setdefault(group, {})
         node[name] = override.value

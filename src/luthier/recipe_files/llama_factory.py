@@ -6,6 +6,7 @@ it changes the training.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def _check_trains(conversion: Conversion) -> None:
             f"{file}: it merges an adapter and trains nothing. A run of luthier is merged with "
             "`luthier merge RUN`."
         )
-    if not source.get("do_train"):
+    # A config without do_train may leave it to the command line.
+    if not source.get("do_train") and (source.get("do_predict") or not source.get("dataset")):
         what = "answers rows" if source.get("do_predict") else "trains nothing (no do_train)"
         raise UserError(
             f"{file}: it {what}. A run of luthier answers with `luthier generate`, `luthier chat` "
@@ -351,7 +353,7 @@ class _DatasetInfo:
 def _from_here(path: Path) -> str:
     """Return a path as it is typed from the working folder, where that is shorter."""
     try:
-        return str(path.absolute().relative_to(Path.cwd()))
+        return str(Path(os.path.normpath(path.absolute())).relative_to(Path.cwd()))
     except ValueError:
         return str(path)
 

@@ -78,6 +78,8 @@ def draft_recipe(inputs: RecipeInputs, command: str) -> RecipeDraft:
         f"Command: {command}",
         "Paths are those of the folder in which `luthier init` was run: run it from there.",
     ]
+    if inputs.method == "dpo":
+        draft.header.insert(1, "trainer=orpo, cpo, kto and reward train on the same rows.")
     return draft
 
 

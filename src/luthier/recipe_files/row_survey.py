@@ -5,7 +5,7 @@ import heapq
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -87,13 +87,8 @@ def _survey(config: SourceConfig) -> RowSurvey:
     for located in examples:
         survey.rows += 1
         _look_at(survey, located.example, located.where, seen)
-    survey.is_all = next(iter(rows), None) is None if _is_iterator(rows) else True
-    survey.is_all = survey.is_all and survey.rows + len(survey.bad.rows) < MOST_ROWS
+    survey.is_all = next(rows, None) is None
     return survey
-
-
-def _is_iterator(rows: Iterable[Any]) -> bool:
-    return isinstance(rows, Iterator)
 
 
 def _look_at(survey: RowSurvey, example: Example, where: str, seen: set[bytes]) -> None:
