@@ -617,12 +617,12 @@ def _launch(conversion: Conversion) -> None:
     conversion.leave_out("fsdp_version", "luthier launches version 2")
     conversion.refuse(
         {
-            "dp_shard_size": f"{_LAUNCH}; sizes are docs/launch.md's",
-            "dp_replicate_size": f"{_LAUNCH}; sizes are docs/launch.md's",
+            "dp_shard_size": f"{_LAUNCH}; its sizes: `luthier docs launch`",
+            "dp_replicate_size": f"{_LAUNCH}; its sizes: `luthier docs launch`",
             **dict.fromkeys(
                 ("tensor_parallel_size", "context_parallel_size", "context_parapllel_size",
                  "sequence_parallel_degree", "expert_parallel_size"),
-                "luthier does not split layers, rows or experts over devices (docs/launch.md)",
+                "luthier does not split layers, rows or experts over devices (`luthier docs launch`)",
             ),
             "use_ray": "luthier starts runs with accelerate or SLURM, not with Ray",
         }

@@ -164,7 +164,7 @@ def _rows(conversion: Conversion, left: dict[str, Any], key: str) -> dict[str, A
         return {"type": kind, "columns": columns} if columns else {}
     raise UserError(
         f"{conversion.file}: {key}: type: {name}: luthier has no such row format. Formats: "
-        "docs/formats.md; rows of another form become one of these with a function "
+        "`luthier docs formats`; rows of another form become one of these with a function "
         "(dataset.map)."
     )
 
@@ -186,7 +186,7 @@ def _messages(conversion: Conversion, left: dict[str, Any], key: str) -> dict[st
         raise UserError(
             f"{conversion.file}: {key}: message_property_mappings: {mapping}: luthier reads "
             "messages with role and content, or from and value. A function that renames these "
-            "keys can be dataset.map (docs/code.md)."
+            "keys can be dataset.map (`luthier docs code`)."
         )
     settings: dict[str, Any] = {} if column in _KNOWN_MESSAGES else {"type": kind}
     if column not in _KNOWN_MESSAGES:
@@ -295,7 +295,7 @@ def _preference(
     elif family not in ("chat_template", "passthrough", "user_defined", "bradley_terry"):
         raise UserError(
             f"{conversion.file}: {key}: type: {name}: luthier does not know these rows. It reads "
-            "pairs of chosen and rejected replies (docs/formats.md)."
+            "pairs of chosen and rejected replies (`luthier docs formats`)."
         )
     _turn_details(conversion, left, key)
     mapping = left.pop("message_property_mappings", None) or {}

@@ -106,7 +106,7 @@ def _unknown(file: Path, keys: set[str]) -> str:
     if {"distributed_type", "compute_environment"} & keys:
         return (
             f"{file}: this is a config of accelerate, which says how a run is launched: accelerate "
-            f"launch --config_file {file} ... (docs/launch.md)."
+            f"launch --config_file {file} ... (`luthier docs launch`)."
         )
     shown = ", ".join(sorted(keys)[:8])
     return (

@@ -83,7 +83,7 @@ def _method(conversion: Conversion) -> None:
     if stage not in _STAGES:
         raise UserError(
             f"{conversion.file}: stage: {stage}: luthier does not train this way. Online methods "
-            "of luthier are grpo and rloo (docs/methods.md)."
+            "of luthier are grpo and rloo (`luthier docs methods`)."
         )
     method = {"orpo": "orpo", "simpo": "cpo"}.get(loss, "dpo") if stage == "dpo" else _STAGES[stage]
     conversion.choose("trainer", method, "stage", "pref_loss")
@@ -275,7 +275,7 @@ def _mixture(conversion: Conversion, keys: list[str], count: int) -> None:
         conversion.differ(
             "mix_strategy",
             f"{strategy}: LLaMA-Factory draws rows by chance; luthier takes exact shares "
-            "(docs/mixtures.md).",
+            "(`luthier docs mixtures`).",
         )
     else:
         conversion.count_as_carried("mix_strategy")
@@ -445,7 +445,7 @@ def _dialogue(
         raise UserError(
             f"{conversion.file}: {name}: its messages have the keys {keys[0]} and {keys[1]}; "
             "luthier reads role and content, or from and value. Rename them with a function "
-            "(dataset.map, docs/code.md)."
+            "(dataset.map, `luthier docs code`)."
         )
     if column != ours:
         mapped[ours] = column
@@ -647,7 +647,7 @@ def _needless(conversion: Conversion) -> None:
         ("ignore_pad_token_for_loss remove_unused_columns", "luthier lays out the rows itself"),
         ("resize_vocab", "new tokens get their rows by themselves"),
         ("freeze_vision_tower freeze_multi_modal_projector freeze_language_model",
-         "the vision tower and the projector are frozen unless opened (docs/images.md)"),
+         "the vision tower and the projector are frozen unless opened (`luthier docs images`)"),
         ("do_eval do_predict predict_with_generate max_new_tokens temperature top_p top_k "
          "num_beams repetition_penalty eval_num_beams",
          "replies are written and scored by trainer.evaluation"),
@@ -657,7 +657,7 @@ def _needless(conversion: Conversion) -> None:
 
 
 _OPTIMIZERS = "luthier has no equal; trainer.optimizer.name takes a function of your own"
-_PIXELS = "set it for the model's own image processor in model.processor (docs/images.md)"
+_PIXELS = "set it for the model's own image processor in model.processor (`luthier docs images`)"
 
 
 def _refused(conversion: Conversion) -> None:

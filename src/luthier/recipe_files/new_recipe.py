@@ -117,7 +117,7 @@ def _set_dataset(inputs: RecipeInputs, draft: RecipeDraft) -> None:
     source, survey = inputs.source, inputs.survey
     row_format = survey.opened.row_format
     draft.set_key("dataset.path", source.path, "your rows: a file, a glob, a folder, a hub name")
-    draft.set_key("dataset.type", row_format.type, "the row format (docs/formats.md)")
+    draft.set_key("dataset.type", row_format.type, "the row format (`luthier docs formats`)")
     columns = dict(source.columns)
     read = ", ".join(row_format.columns.source_names.values())
     comment = f"our name: the column's; {read} are read"
@@ -281,12 +281,12 @@ def _set_method(inputs: RecipeInputs, draft: RecipeDraft) -> None:
         settings["trainer.args.per_device_train_batch_size"] = (count, "completions in one step")
         settings["trainer.args.per_device_eval_batch_size"] = (count, "completions in one step")
         settings["trainer.args.max_completion_length"] = (tokens, "the longest completion")
-        comment = (
-            "what is rewarded: put your own here, such as python:my.py:score (docs/metrics.md)"
-        )
+        comment = "what is rewarded: put your own here, such as python:my.py:score (`luthier docs metrics`)"
         settings["trainer.rewards"] = ([{"length": {"max": 300}}], comment)
     if method in ("sft", "dpo", "kto", "seq2seq", "grpo"):
-        comment = "scores of replies to held-out rows, such as [exact_match] (docs/metrics.md)"
+        comment = (
+            "scores of replies to held-out rows, such as [exact_match] (`luthier docs metrics`)"
+        )
         settings["trainer.evaluation.metrics"] = ([], comment)
         comment = "replies shown side by side, before and after; 0 writes none and saves the time"
         settings["trainer.evaluation.samples"] = (3, comment)

@@ -88,7 +88,7 @@ def _dataset(conversion: Conversion) -> None:
     if not path:
         raise UserError(
             f"{conversion.file}: it names no dataset_name, so there is nothing to train. A mixture "
-            "(datasets) is written by hand: docs/mixtures.md."
+            "(datasets) is written by hand: `luthier docs mixtures`."
         )
     conversion.choose("dataset", "hub")
     conversion.set_key("dataset.path", path, "dataset_name", "a dataset of the hub, or files")
