@@ -622,7 +622,7 @@ def _launch(conversion: Conversion) -> None:
             **dict.fromkeys(
                 ("tensor_parallel_size", "context_parallel_size", "context_parapllel_size",
                  "sequence_parallel_degree", "expert_parallel_size"),
-                "luthier does not split layers, rows or experts over devices (`luthier docs launch`)",
+                "luthier does not split layers, rows or experts (`luthier docs launch`)",
             ),
             "use_ray": "luthier starts runs with accelerate or SLURM, not with Ray",
         }

@@ -281,7 +281,7 @@ def _set_method(inputs: RecipeInputs, draft: RecipeDraft) -> None:
         settings["trainer.args.per_device_train_batch_size"] = (count, "completions in one step")
         settings["trainer.args.per_device_eval_batch_size"] = (count, "completions in one step")
         settings["trainer.args.max_completion_length"] = (tokens, "the longest completion")
-        comment = "what is rewarded: put your own here, such as python:my.py:score (`luthier docs metrics`)"
+        comment = "put your own reward here, such as python:my.py:score (`luthier docs metrics`)"
         settings["trainer.rewards"] = ([{"length": {"max": 300}}], comment)
     if method in ("sft", "dpo", "kto", "seq2seq", "grpo"):
         comment = (
