@@ -181,6 +181,13 @@ def _attention(conversion: Conversion) -> None:
             conversion.drop(key, f"luthier has no {name} attention; model.attention: auto is used")
 
 
+_FULL_BF16 = (
+    "in full fine-tuning axolotl holds the weights themselves in bfloat16; luthier trains float32 "
+    "weights and computes in bfloat16, which takes twice the memory (16 bytes a weight with AdamW) "
+    "and loses no small update."
+)
+
+
 def _precision(conversion: Conversion) -> None:
     """Number formats: adapters and full fine-tuning keep what trains in float32 here."""
     full = not conversion.has("adapter")
@@ -194,10 +201,11 @@ def _precision(conversion: Conversion) -> None:
             conversion.set_key("trainer.args.bf16", True, key, "computes in bfloat16")
             conversion.differ(
                 key,
-                "in full fine-tuning axolotl holds the weights themselves in bfloat16; luthier "
-                "trains float32 weights and computes in bfloat16, which takes 4 bytes more for "
-                "each weight and loses no small update.",
+                _FULL_BF16,
             )
+    elif conversion.source.get("bf16") == "auto" and full:
+        conversion.count_as_carried("bf16")
+        conversion.differ("bf16", _FULL_BF16)
     elif conversion.source.get("bf16") == "auto":
         conversion.leave_out_taken("bf16", "model.dtype: auto is the same")
     if conversion.take("fp16") or conversion.take("float16"):
