@@ -17,12 +17,8 @@ LAYERS = (
     ("cli",),
     ("doctor", "evaluate", "export", "sweep"),
     ("train",),
-<<<<<<< HEAD
     ("report",),
-    ("inspection", "infer", "memory"),
-=======
     ("inspection", "infer", "memory", "recipe_files"),
->>>>>>> 8ba09d7 (luthier convert: recipes of axolotl, LLaMA-Factory and TRL configs, with every key accounted for)
     ("model", "record"),
     ("data",),
     ("config",),
