@@ -343,4 +343,5 @@ def test_the_wheel_has_every_package():
         ".".join(("luthier", *path.parent.relative_to(SOURCE).parts))
         for path in SOURCE.rglob("__init__.py")
     }
-    assert set(settings["packages"]) == on_disk | {"luthier.conf", "luthier.recipes"}
+    beside = {f"luthier.{name}" for name in ("conf", "docs", "launch", "recipes")}
+    assert set(settings["packages"]) == on_disk | beside

@@ -15,7 +15,8 @@ def test_a_recipe_is_written_and_every_key_is_listed(luthier, workplace):
     code, out, _ = luthier("convert", "qlora-8b.yml")
     assert code == 0
     assert out.startswith("axolotl config qlora-8b.yml -> recipes/qlora_8b.yaml\n")
-    assert "Not carried over (2):\n  relora: luthier has no equal of this method\n" in out
+    assert "Not carried over (2):\n  fsdp_config: it belongs to the launch" in out
+    assert "\n  relora: luthier has no equal of this method\n" in out
     for words in ("Not quite the same here (1)", "Without a value", "wandb_project", "strict"):
         assert words in out
     assert "  luthier check recipe=qlora_8b\n" in out

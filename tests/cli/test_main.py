@@ -39,7 +39,7 @@ def test_recipes(luthier):
 
 SAYS = {
     "command": (["chekc"], "there is no command 'chekc'. Did you mean `luthier check`?"),
-    "command, far off": (["zzz"], "there is no command 'zzz'. There are: train, preview,"),
+    "command, far off": (["zzz"], "there is no command 'zzz'. There are: train, launch, init,"),
     "flag": (
         ["preview", Q, "--rows", "3"],
         "--rows: luthier preview has no such flag. Did you mean --row?",

@@ -128,7 +128,7 @@ CASES = {
         {"datasets": [{"path": "json", "data_files": ["a.jsonl"], "type": "completion",
                        "field": "body"}]},
         {"dataset.path": ["a.jsonl"], "dataset.type": "text", "dataset.columns": {"text": "body"},
-         "dataset.format": "json"},
+         "dataset.eval.share": None},
     ),
     "pre-training": (
         {"datasets": ..., "pretraining_dataset": {"path": "owner/web", "name": "en"},

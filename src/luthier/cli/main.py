@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "convert FILE",
-        "a recipe of an axolotl, LLaMA-Factory or TRL config",
+        "a recipe of another trainer's config",
         "luthier.cli.convert:run",
     ),
     "preview": Command(

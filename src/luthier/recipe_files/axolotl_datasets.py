@@ -75,8 +75,7 @@ def read_datasets(conversion: Conversion) -> None:
     _turns(conversion, entries)
     if key == "pretraining_dataset":
         conversion.set_key("dataset.streaming", True, key, "rows are encoded while they train")
-        conversion.leave_out_taken("streaming", "pretraining_dataset streams in any case")
-        conversion.take("streaming")
+        conversion.leave_out("streaming", "pretraining_dataset streams in any case")
     elif conversion.take("streaming"):
         conversion.set_key("dataset.streaming", True, "streaming", "rows are encoded as they train")
     if conversion.take("dataset_exact_deduplication"):

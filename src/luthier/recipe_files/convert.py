@@ -1,5 +1,6 @@
 """From another trainer's config to a recipe: which trainer it is, and what composes here."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,12 +90,15 @@ def read_foreign_config(file: Path) -> ForeignConfig:
 
 def _parse(file: Path, text: str) -> dict[str, Any]:
     try:
-        check_yaml_size(text, str(file))
-        # JSON is YAML, but for tabs between its words.
-        content = yaml.safe_load(text.replace("\t", "  ") if file.suffix == ".json" else text)
+        if file.suffix == ".json":
+            content = json.loads(text)
+        else:
+            check_yaml_size(text, str(file))
+            content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         words = " ".join(str(error).split())
-        raise UserError(f"{file}: it cannot be read as YAML: {words}.") from None
+        language = "JSON" if file.suffix == ".json" else "YAML"
+        raise UserError(f"{file}: it cannot be read as {language}: {words}.") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{file}: it is no mapping of keys to values, as a trainer's config is.")
     return {str(key): value for key, value in content.items()}
