@@ -2,7 +2,9 @@
 
 import pytest
 
-from luthier.export.model_facts import hub_name, public_name, public_values
+from luthier.config.schema import DatasetConfig
+from luthier.export.model_facts import find_system_prompt, hub_name, public_name, public_values
+from luthier.storage.atomic import write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,30 @@ def test_values_are_told_without_paths_at_any_depth():
 )
 def test_the_hub_name_of_a_base(path, name):
     assert hub_name(path) == name
+
+
+def conversation(*system):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    return {"messages": [*({"role": "system", "content": text} for text in system), *messages]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "system"),
+    [
+        pytest.param([conversation("Be brief.")] * 2, {}, "Be brief.", id="of every row"),
+        pytest.param([conversation("Be brief."), conversation()], {}, None, id="of some rows"),
+        pytest.param([conversation("A."), conversation("B.")], {}, None, id="several"),
+        pytest.param([conversation()], {}, None, id="none"),
+        pytest.param([conversation()], {"system": "Be kind."}, "Be kind.", id="of the config"),
+        pytest.param([conversation("x" * 3000)], {}, None, id="too long for a card"),
+    ],
+)
+def test_the_system_prompt_of_the_rows_is_found(tmp_path, rows, settings, system):
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = DatasetConfig(path=str(tmp_path / "rows.jsonl"), **settings)
+    assert find_system_prompt(config) == system
+
+
+def test_rows_that_are_gone_tell_no_system_prompt(tmp_path):
+    assert find_system_prompt(DatasetConfig(path=str(tmp_path / "gone.jsonl"))) is None
+    assert find_system_prompt(DatasetConfig(path="org/rows")) is None

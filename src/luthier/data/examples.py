@@ -222,7 +222,7 @@ def check_sources(config: DatasetConfig, method: str | None = None) -> DatasetSo
         if source_config.filter is not None:
             compile_filter(source_config.filter, f"{key}.filter")
         # A download or a function of the user's may take minutes; those wait for the encoding.
-        if not _is_on_this_machine(sources.source(key)):
+        if not is_on_this_machine(sources.source(key)):
             continue
         opened = sources.open(key)
         if method is not None:
@@ -340,13 +340,13 @@ _FileStamps = list[tuple[int, ...]]
 
 def _stamp_files(source: Source) -> _FileStamps:
     """Return what changes when the files of a source do; nothing for what is elsewhere."""
-    if not _is_on_this_machine(source):
+    if not is_on_this_machine(source):
         return []
     stats = [Path(file).expanduser().stat() for file in source.files]
     return [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino) for stat in stats]
 
 
-def _is_on_this_machine(source: Source) -> bool:
+def is_on_this_machine(source: Source) -> bool:
     """Return whether the rows are files of this machine: what is elsewhere takes time to read."""
     return bool(source.files) and all(Path(file).expanduser().exists() for file in source.files)
 

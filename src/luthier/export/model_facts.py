@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from luthier.config.code_settings import read_code_entries
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
+from luthier.data.examples import BadRows, DatasetSources, is_on_this_machine, source_key
 from luthier.data.sources.open import source_type
 from luthier.errors import UserError
 from luthier.export.model_layout import grown_shapes
@@ -206,7 +207,7 @@ class ModelFacts:
     hardware: str = ""
     seconds: float | None = None
     system: str | None = None
-    """The system prompt that rows without one trained with."""
+    """The system prompt that the rows were trained with, where it is one."""
     variables: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template."""
     date: str | None = None
@@ -346,11 +347,47 @@ def _collect_run_facts(run: Path, config: RunConfig) -> dict[str, Any]:
         "versions": record.get("versions", {}),
         "hardware": _describe_hardware(record),
         "seconds": record.get("training_seconds"),
-        "system": config.dataset.system,
+        "system": find_system_prompt(config.dataset),
         "licence": config.card.license,
         "language": list(config.card.language),
         "has_plot": (run / "loss.png").is_file(),
     }
+
+
+def find_system_prompt(config: DatasetConfig) -> str | None:
+    """Return the system prompt with which the rows trained; None where they have several, or none.
+
+    It is `dataset.system`, or that of the first rows of all sources, where these are files of this
+    machine without code of the user's own.
+    """
+    if config.system is not None:
+        return config.system
+    prompts: set[str | None] = set()
+    sources = DatasetSources(config)
+    try:
+        for name in sources.train:
+            key = source_key(name, sources.train)
+            if sources.by_key[key].map is not None or not is_on_this_machine(sources.source(key)):
+                return None
+            opened = sources.open(key)
+            rows = opened.source.peek(_PEEKED_ROWS)
+            for row in opened.examples(BadRows(), rows, fetch=False):
+                prompts.add(_leading_system(row.example))
+    except (UserError, OSError):
+        return None
+    prompt = prompts.pop() if len(prompts) == 1 else None
+    return None if prompt is None or len(prompt) > _LONGEST_SYSTEM else str(redact(prompt))
+
+
+_PEEKED_ROWS = 50
+_LONGEST_SYSTEM = 2000
+"""Characters of a system prompt that a card shows."""
+
+
+def _leading_system(example: Mapping[str, Any]) -> str | None:
+    messages = example.get("messages") or [{}]
+    content = messages[0].get("content") if messages[0].get("role") == "system" else None
+    return content if isinstance(content, str) else None
 
 
 def _make_title(artifact: Artifact) -> str:

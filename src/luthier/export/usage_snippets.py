@@ -307,7 +307,7 @@ def _describe_tokens(facts: ModelFacts, chat_format: ChatFormat) -> str:
                   "gives today's."]  # fmt: skip
     if facts.system:
         system = json.dumps(facts.system, ensure_ascii=False)
-        lines += ["", f"Rows without a system prompt were trained with this one: {system}"]
+        lines += ["", f"It was trained with this system prompt, which requests must send: {system}"]
     return "\n".join(lines)
 
 
