@@ -228,7 +228,7 @@ def test_equal_rows(write, mode, expected):
         pytest.param(
             replies("-", "-a"),
             {},
-            ["dataset: none of the 2 rows gives anything to train on (nothing to train: 2)",
+            ["dataset: none of the 2 rows can be used to train on (nothing to train: 2)",
              "The first one is data.jsonl:1."],
             id="none-encodes",
         ),
@@ -241,7 +241,7 @@ def test_equal_rows(write, mode, expected):
         pytest.param(
             replies("a", "b"),
             {"eval": {"path": "empty.jsonl"}},
-            ["dataset.eval.path: none of the 1 rows gives anything to evaluate on",
+            ["dataset.eval.path: none of the 1 rows can be used to evaluate on",
              "The first one is empty.jsonl:1."],
             id="none-of-the-held-out-file",
         ),

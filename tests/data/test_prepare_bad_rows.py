@@ -13,7 +13,7 @@ GOOD = [json.dumps(row) for row in replies("a", "b", "c")]
 BAD = {
     "not-json": ('{"prompt": "q", "completion": Hello}', "this is not JSON: Expecting value"),
     "no-object": ('["q", "Hello"]', "this is a list, not a JSON object"),
-    "twice": ('{"prompt": "q", "prompt": "r", "completion": "x"}', "stands twice"),
+    "twice": ('{"prompt": "q", "prompt": "r", "completion": "x"}', "appears twice"),
     "nan": ('{"prompt": "q", "completion": NaN}', "NaN"),
     "null": ('{"prompt": "q", "completion": null}', "completion"),
     "column-missing": ('{"prompt": "q"}', "completion"),

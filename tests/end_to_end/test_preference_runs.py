@@ -123,9 +123,9 @@ CHATS = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant
 @pytest.mark.parametrize(
     ("method", "rows", "words"),
     [
-        ("pretrain", CHATS, "trainer.method=pretrain trains on plain texts. trainer=sft"),
+        ("pretrain", CHATS, "trainer=pretrain needs plain texts. Use trainer=sft, grpo"),
         ("dpo", CHATS, "trains on pairs of a chosen and a rejected reply"),
-        ("reward", TEXTS, "its rows are plain texts"),
+        ("reward", TEXTS, "these rows are plain texts"),
         ("dpo", unpaired(), "trainer=kto does"),
         ("sft", PREFERENCES, "trainer=dpo or trainer=kto or trainer=orpo or trainer=cpo"),
     ],

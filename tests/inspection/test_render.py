@@ -92,8 +92,8 @@ NOTES = {
     "nothing trains": ([], "dropped: no turn of the row trains"),
     "lost": ([], "training stops here: message 1, field `tool_calls`: the chat template does not"),
     "lost, dropped": (["chat.on_lost=drop"], "dropped: message 1, field `tool_calls`"),
-    "lost, kept": (["chat.on_lost=keep"], "trains, but is not shown whole: message 1"),
-    "cut": (["chat.max_length=60"], "turns went from its front, 1 reply with them"),
+    "lost, kept": (["chat.on_lost=keep"], "trained, but not all of its text is shown: message 1"),
+    "cut": (["chat.max_length=60"], "its first turns were removed, 1 reply among them"),
     "too long": (["chat.max_length=60"], "dropped: the row makes"),
     "too long, error": (
         ["chat.max_length=60", "chat.on_long=error"],
@@ -331,4 +331,4 @@ def test_a_method_of_text_alone_says_so_of_an_image(on_images):
     code, out, _ = on_images("preview", [SEEN], *words)
     assert code == 0
     assert "training stops here: message 0, field `image`: the message has an image, and" in out
-    assert "trainer.method=grpo trains on text alone. trainer=sft and trainer=dpo take" in out
+    assert "trainer.method=grpo trains on text only. Use trainer=sft or trainer=dpo" in out

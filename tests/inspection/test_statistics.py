@@ -253,14 +253,14 @@ def test_other_kinds_are_refused_in_words(command, luthier, write):
     code, out, err = luthier(command, *ONE)
     assert (code, out) == (2, "")
     assert f"luthier {command} shows conversations and plain texts only" in err
-    assert "dataset: its rows are pairs of a chosen and a rejected reply" in err
+    assert "dataset: these rows are preference pairs (a chosen and a rejected reply)" in err
 
 
 STOPS = {
     "no row to evaluate on": (
         ["dataset.eval.path=b.jsonl"],
         {"b": [ROWS["nothing trains"]]},
-        "dataset.eval.path: none of its rows gives anything to evaluate on.",
+        "dataset.eval.path: none of its rows can be used to evaluate on.",
     ),
     "all held out": (["dataset.eval.count=8"], {}, "leaves none to train on"),
 }

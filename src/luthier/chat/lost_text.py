@@ -112,7 +112,7 @@ def _lost_field_error(origin: FieldOrigin) -> ChatError:
     what = "the row's tools" if origin.field == "tools" else f"this text ({start!r})"
     return ChatError(
         f"the chat template does not show {what}, so a model trained on the row would not see it; "
-        "use a template that shows it, remove it, or set `on_lost` to `drop` or `keep`",
+        "use a template that shows it, remove it, or set chat.on_lost=drop or chat.on_lost=keep",
         reason="lost",
         message=origin.message,
         field=origin.field,

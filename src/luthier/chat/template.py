@@ -391,7 +391,7 @@ def _make_strftime_now(date: str) -> Callable[[str], str]:
         moment = datetime.combine(Date.fromisoformat(date), datetime.min.time())
     except ValueError:
         raise ChatError(
-            f"the date `{date}` is no date; write it as YYYY-MM-DD", reason="bad date"
+            f"the date `{date}` is not a date; write it as YYYY-MM-DD", reason="bad date"
         ) from None
 
     def strftime_now(format: str) -> str:

@@ -92,7 +92,7 @@ def check_template(source: str, variables: dict[str, Any], date: str, origin: st
     problem = _run_child(request)
     if problem is not None:
         raise ChatError(
-            f"the chat template{origin} {problem}.\nAnother one may be given: chat.template=FILE.",
+            f"the chat template{origin} {problem}.\nTo use another one: chat.template=FILE",
             reason="bad template",
         )
     _passed.add(key)

@@ -161,7 +161,7 @@ class SequencePlanner:
         next_stop = self._stop_in_next_turn(conversation, index, header)
         if next_stop is None:
             raise ChatError(
-                "the chat template writes no stop token behind this turn, so a model trained on it "
+                "the chat template writes no stop token after this turn, so a model trained on it "
                 "would never end its reply; use a template that ends its turns",
                 reason="no stop token",
                 message=number,

@@ -201,8 +201,8 @@ def base_method(name: str) -> str:
 EXAMPLE_TYPES = {
     "conversation": "conversations",
     "text": "plain texts",
-    "preference": "pairs of a chosen and a rejected reply",
-    "unpaired": "replies with a verdict",
+    "preference": "preference pairs (a chosen and a rejected reply)",
+    "unpaired": "replies labelled good or bad",
     "classification": "texts with a label",
     "tagging": "words with tags",
     "seq2seq": "sources with a target",
@@ -218,12 +218,12 @@ def check_example_type(name: str, kind: str, key: str, type_key: str) -> None:
     if kind in trained_types:
         return
     others = [other for other, facts in METHODS.items() if kind in facts.row_types]
-    fitting = f"trainer={' or trainer='.join(others)} does. " if others else ""
-    trained = " and ".join(EXAMPLE_TYPES[example_type] for example_type in trained_types)
+    *most, last = others
+    listed = f"{', '.join(most)} or {last}" if most else last
+    trained = " or ".join(EXAMPLE_TYPES[example_type] for example_type in trained_types)
     raise UserError(
-        f"{key}: its rows are {EXAMPLE_TYPES[kind]}, and trainer.method={name} trains on "
-        f"{trained}. {fitting}If they are something "
-        f"else, say so with {type_key}.type."
+        f"{key}: these rows are {EXAMPLE_TYPES[kind]}, and trainer={base_method(name)} needs "
+        f"{trained}. Use trainer={listed}, or set {type_key}.type if the rows are something else."
     )
 
 

@@ -218,7 +218,7 @@ def check_sources(config: DatasetConfig, method: str | None = None) -> DatasetSo
     sources = DatasetSources(config)
     for key, source_config in sources.by_key.items():
         if source_config.path is None:
-            raise UserError(f"{key}.path is missing: say where the rows are.")
+            raise UserError(f"{key}.path is missing: set it to where the rows are.")
         if source_config.filter is not None:
             compile_filter(source_config.filter, f"{key}.filter")
         # A download or a function of the user's may take minutes; those wait for the encoding.
@@ -304,11 +304,11 @@ def eval_sources(config: DatasetConfig) -> dict[str, SourceConfig]:
     for name, source in config.eval.sets.items():
         key = f"dataset.eval.sets.{name}"
         if source.path is None:
-            raise UserError(f"{key} has no path: say where its rows are.")
+            raise UserError(f"{key} has no path: set it to where its rows are.")
         if source.weight is not None or source.repeats != 1:
             raise UserError(
-                f"{key}: weight and repeats mix training rows, and an evaluation set is seen "
-                "whole, once. Remove them; max_rows takes the first rows only."
+                f"{key}: weight and repeats mix training rows, and an evaluation set is always "
+                "used whole, once. Remove them; max_rows keeps the first rows only."
             )
         sources[key] = source
     return sources

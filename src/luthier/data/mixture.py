@@ -102,16 +102,16 @@ def _check_settings(
     for name, size in sizes.items():
         key, source = source_key(name, sources), sources[name]
         if not size:
-            raise UserError(f"{key} has no row left to train on. Take it out, or see its filter.")
+            raise UserError(f"{key} has no row left to train on. Remove it, or check its filter.")
         if mix == "concatenate" and source.weight is not None:
             raise UserError(
-                f"{key}.weight={source.weight:g} says nothing with dataset.mix=concatenate, which "
+                f"{key}.weight={source.weight:g} has no effect with dataset.mix=concatenate, which "
                 "takes all rows. Set dataset.mix=interleave, or give repeats instead."
             )
         if mix == "interleave" and source.repeats != 1:
             raise UserError(
-                f"{key}.repeats={source.repeats:g} says nothing with dataset.mix=interleave, which "
-                "shows no row twice. Set dataset.mix=concatenate, or give a weight instead."
+                f"{key}.repeats={source.repeats:g} has no effect with dataset.mix=interleave, "
+                "which shows no row twice. Set dataset.mix=concatenate, or give a weight instead."
             )
     _check_weights(sources, mix)
 

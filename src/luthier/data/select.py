@@ -268,7 +268,7 @@ def _check_each_source(
             outcomes = ", ".join(f"{count} {why}" for why, count in went.items())
             raise UserError(
                 f"{source_key(name, sources)} has no row left to train on: of its {counts[0]} rows "
-                f"{outcomes}. Take the source out, or see to its rows."
+                f"{outcomes}. Remove the source, or fix its rows."
             )
 
 
@@ -288,6 +288,14 @@ def _check_usable(
         raise UserError(_describe_no_rows("dataset", list(trained.values()), "to train on"))
 
 
+_NO_ROWS_ADVICE = {
+    "too long": "\nRaise chat.max_length; `luthier check` shows how long the rows are.",
+    "nothing to train": "\nEach row needs a reply of the assistant; chat.train_on chooses which "
+    "messages train.",
+}
+"""The most frequent reason for which rows are dropped -> what to do about it."""
+
+
 def _describe_no_rows(key: str, selectable: list[SelectableRows], purpose: str) -> str:
     """Return the text for rows none of which makes a sequence."""
     total = sum(map(len, selectable))
@@ -300,7 +308,8 @@ def _describe_no_rows(key: str, selectable: list[SelectableRows], purpose: str) 
         reasons.update(source.drop_reasons())
     listed_reasons = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
     first = next(source for source in selectable if len(source)).first_location
+    advice = _NO_ROWS_ADVICE.get(reasons.most_common(1)[0][0], "") if reasons else ""
     return (
-        f"{key}: none of the {total} rows gives anything {purpose} ({listed_reasons}). "
-        f"The first one is {first}."
+        f"{key}: none of the {total} rows can be used {purpose} ({listed_reasons}). "
+        f"The first one is {first}.{advice}"
     )

@@ -56,10 +56,9 @@ def shorten_location(text: str) -> str:
 def describe_cut(replies: int) -> str:
     """Return in words what went from a row's front, `replies` trained turns among it."""
     if not replies:
-        return "turns went from its front, every reply still trains"
-    return (
-        f"turns went from its front, {replies} {'reply' if replies == 1 else 'replies'} with them"
-    )
+        return "its first turns were removed; every reply still trains"
+    counted = "1 reply" if replies == 1 else f"{replies} replies"
+    return f"its first turns were removed, {counted} among them"
 
 
 @dataclass
@@ -137,8 +136,8 @@ def _find_images(config: RunConfig) -> ImageExpander | None:
 
 
 _OTHERS = {
-    "preference": "pairs of a chosen and a rejected reply",
-    "unpaired": "replies with a verdict",
+    "preference": "preference pairs (a chosen and a rejected reply)",
+    "unpaired": "replies labelled good or bad",
     "classification": "texts with a label",
     "tagging": "words with tags",
     "seq2seq": "sources with a target",
@@ -206,9 +205,9 @@ def _check_kind(opened: OpenedSource, command: str) -> None:
     row_format = opened.row_format
     if row_format.example_type in _OTHERS:
         raise UserError(
-            f"{opened.key}: its rows are {_OTHERS[row_format.example_type]} (type "
+            f"{opened.key}: these rows are {_OTHERS[row_format.example_type]} (type "
             f"{row_format.type}), and luthier {command} shows conversations and plain texts only. "
-            f"If they are conversations all the same, set {opened.key}.type=messages."
+            f"If they are conversations after all, set {opened.key}.type=messages"
         )
 
 

@@ -247,7 +247,7 @@ _WIDTH = 4
 _OUTCOMES = {
     "stops": "stops the training",
     "dropped": "dropped",
-    "lossy": "trains, but is not shown whole",
+    "lossy": "trained, but not all of its text is shown",
     "cut": "cut",
     "windows": "cut into windows",
     "split": "several sequences",

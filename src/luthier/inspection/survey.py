@@ -131,7 +131,7 @@ class DatasetSummary:
             return everything
         empty = [key for key, part in self._evaluated.items() if not (part.sequences > 0).any()]
         if empty:
-            self.error = f"{empty[0]}: none of its rows gives anything to evaluate on."
+            self.error = f"{empty[0]}: none of its rows can be used to evaluate on."
         trained, evaluated = (
             {key: account for key, account in accounts.items() if key not in empty}
             for accounts in (self._trained, self._evaluated)

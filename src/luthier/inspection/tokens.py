@@ -188,7 +188,7 @@ def _origins(sequence: ChatSequence) -> list[tuple[str | None, int | None, str |
 
 
 _OUTCOMES = {
-    RowState.LOSSY: "trains, but is not shown whole",
+    RowState.LOSSY: "trained, but not all of its text is shown",
     RowState.DROPPED: "dropped",
     RowState.STOPS: "training stops here",
 }

@@ -88,7 +88,7 @@ PROMPT = {"prompt": "a", "completion": "b"}
             {**MESSAGES, **PROMPT},
             {},
             [
-                "can be read in 2 ways",
+                "fit 2 row formats",
                 "columns: messages, prompt, completion",
                 "first row (x.jsonl:1):",
                 "messages would read messages",
@@ -116,10 +116,10 @@ PROMPT = {"prompt": "a", "completion": "b"}
             {"question": "a", "context": "b", "answer": "c"},
             {},
             [
-                "has 'context' beside 'question' and 'answer'",
+                "has a column 'context' besides 'question' and 'answer'",
                 "dataset.columns.instruction=question dataset.columns.input=context "
                 "dataset.columns.output=answer",
-                "To leave it out: 'dataset.remove_columns=[context]'",
+                "To drop it: 'dataset.remove_columns=[context]'",
             ],
             id="a-question-about-a-text",
         ),
@@ -375,7 +375,7 @@ def test_names_are_matched_without_case(detect, fields, type_, names):
 
 
 def test_two_columns_that_differ_in_case_alone_are_no_choice_of_ours(detect):
-    with pytest.raises(UserError, match="can be read in 2 ways"):
+    with pytest.raises(UserError, match="fit 2 row formats"):
         detect({"Prompt": "a", "PROMPT": "b", "completion": "c"})
 
 

@@ -185,14 +185,14 @@ def test_a_changed_image_is_encoded_anew_and_a_touched_one_is_not(tmp_path):
     assert given_back(second.train)[3] == ("#####sd", wide)
     assert encoder.rows == 8
     # The table of before still says which bytes it means.
-    with pytest.raises(UserError, match=r"the image red.png changed since it was encoded"):
+    with pytest.raises(UserError, match=r"the image red.png changed after it was encoded"):
         first.train.read_images(3)
     # Both are found again.
     file.write_bytes(RED)
     assert given_back(prepared(encoder).train) == EXPECTED
     assert encoder.rows == 8
     file.unlink()
-    with pytest.raises(UserError, match=r"an image is gone since it was encoded: there is no file"):
+    with pytest.raises(UserError, match=r"removed after it was encoded: there is no file"):
         first.train.read_images(3)
     with pytest.raises(UserError) as error:
         prepared(encoder)

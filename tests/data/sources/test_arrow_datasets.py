@@ -85,7 +85,7 @@ def test_it_takes_no_import_of_datasets(saved):
         ("one", {"split": "test"}, r"dataset\.split=test: .* was saved as one dataset without"),
         ("one", {"revision": "v1"}, r"dataset\.revision=v1 is for hub datasets"),
         ("one", {"options": {"by": "line"}}, "saved has no options"),
-        ("none", {"format": "saved"}, "is no folder of a saved dataset"),
+        ("none", {"format": "saved"}, "is not a folder of a saved dataset"),
         ("broken", {}, r"whose state\.json cannot be read"),
         ("lost", {}, r"there is no file .*lost/data-00000-of-00001\.arrow"),
     ],

@@ -62,7 +62,7 @@ def test_a_bad_record_costs_itself_alone(write, read, line, problem):
 @pytest.mark.parametrize(
     ("content", "options", "parts"),
     [
-        ("a,a\n1,2\n", {}, ["a.csv, its header: the name 'a' stands twice"]),
+        ("a,a\n1,2\n", {}, ["a.csv, its header: the name 'a' appears twice"]),
         ("a,,b\n1,2,3\n", {}, ["a.csv, its header: column 2 has no name"]),
         (
             "a;b\n1;2\n",
@@ -71,7 +71,7 @@ def test_a_bad_record_costs_itself_alone(write, read, line, problem):
         ),
         ("a\tb\n1\t2\n", {"delimiter": ","}, ["name it: dataset.format=tsv"]),
         ('"a"x,b\n1,2\n', {}, ["a.csv:1: the header: this is not CSV"]),
-        ("1,2\n", {"header": ["a", "a"]}, ["dataset.options.header: the name 'a' stands twice"]),
+        ("1,2\n", {"header": ["a", "a"]}, ["dataset.options.header: the name 'a' appears twice"]),
         ("", {}, ["a.csv is empty"]),
         ("a,b\n", {}, ["a.csv is empty: it has no rows", "one cell for each column"]),
         ('a,b\n1,2\n"3,4\n5,6\n', {}, ["a.csv:3: a cell opens with \" here", "quotechar=null"]),

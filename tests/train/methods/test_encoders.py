@@ -66,7 +66,7 @@ def test_a_method_of_text_alone_names_the_row_with_an_image(models, tmp_path, me
         prepare(config.dataset, encoders, tokenizer, config.seed)
     text = str(raised.value)
     assert "rows.jsonl:2" in text
-    assert f"the message has an image, and trainer.method={method} trains on text alone" in text
+    assert f"the message has an image, and trainer.method={method} trains on text only" in text
     assert "trainer=sft and trainer=dpo take images" in text
 
 

@@ -326,8 +326,8 @@ def check_no_images(example: Example, method: str, row: int | None = None) -> No
             continue
         able = [f"trainer={name}" for name, facts in METHODS.items() if facts.takes_images]
         raise ChatError(
-            f"the message has an image, and trainer.method={method} trains on text alone. "
-            f"{' and '.join(able)} take images; else leave the row out",
+            f"the message has an image, and trainer.method={method} trains on text only. Use "
+            f"{' or '.join(able)}, or remove the row",
             reason="an image",
             row=row,
             message=message,

@@ -158,10 +158,10 @@ def describe_several_formats(detection: DetectionInput, matches: Sequence[Format
         lines.append(f"  {type_} would read {', '.join(match.source_names.values())}")
     return "\n".join(
         [
-            f"dataset: the columns of {detection.source} can be read in {len(matches)} ways.",
+            f"dataset: the columns of {detection.source} fit {len(matches)} row formats.",
             *_describe_source(detection),
             *lines,
-            f"Say which one is meant: {' or '.join(settings)}",
+            f"Choose one: {' or '.join(settings)}",
         ]
     )
 
@@ -173,10 +173,10 @@ def describe_several_columns(
     settings = " or ".join(_as_settings(detection.key, {our_name: column}) for column in columns)
     return "\n".join(
         [
-            f"dataset: {detection.source} has {' and '.join(columns)}, and {our_name} is one of "
-            "them.",
+            f"dataset: {detection.source} has {' and '.join(columns)}, and only one of them can be "
+            f"{our_name}.",
             *_describe_source(detection),
-            f"Say which one is meant: {settings}",
+            f"Choose one: {settings}",
         ]
     )
 
@@ -187,11 +187,11 @@ def describe_context_column(detection: DetectionInput, match: FormatMatch, colum
     joined = _as_settings(detection.key, {"instruction": prompt, "input": column, "output": reply})
     return "\n".join(
         [
-            f"dataset: {detection.source} has {column!r} beside {prompt!r} and {reply!r}, and "
-            "reading only these two would leave it out.",
+            f"dataset: {detection.source} has a column {column!r} besides {prompt!r} and {reply!r}"
+            ", and reading only those two would drop it.",
             *_describe_source(detection),
             f"To put its text below the {prompt}: {joined}",
-            f"To leave it out: {format_override(f'{detection.key}.remove_columns', [column])}",
+            f"To drop it: {format_override(f'{detection.key}.remove_columns', [column])}",
         ]
     )
 

@@ -111,11 +111,13 @@ class StoredImages:
         try:
             data = self._read_file(source, row["folder"])[1]
         except RowError as error:
-            raise UserError(f"dataset: an image is gone since it was encoded: {error}.") from None
+            raise UserError(
+                f"dataset: an image was removed after it was encoded: {error}."
+            ) from None
         if sha256(data).hexdigest() != row["sha256"]:
             raise UserError(
-                f"dataset: the image {redact_message(source)} changed since it was encoded. Run "
-                "the command again, which encodes its rows anew."
+                f"dataset: the image {redact_message(source)} changed after it was encoded. Run "
+                "the same command again, which encodes its rows again."
             )
         return data
 

@@ -53,7 +53,7 @@ def find_saved_files(path: str, split: str, name: str) -> list[DataFile]:
         folder, path = folder / split, f"{path.rstrip('/')}/{split}"
     elif not is_saved_dataset(path):
         raise UserError(
-            f"dataset: {path} is no folder of a saved dataset (looked for {_STATE_FILE} and "
+            f"dataset: {path} is not a folder of a saved dataset (looked for {_STATE_FILE} and "
             f"{_SPLITS_FILE} in {folder.absolute()})."
         )
     elif split != "train":
@@ -303,6 +303,6 @@ def _open_arrow_source(file: DataFile) -> Iterator[Any]:
         except (ArrowException, OSError, ValueError) as error:
             name = {"parquet": "a Parquet"}.get(file.format, "an Arrow")
             raise UserError(
-                f"dataset: {file.label} cannot be read as {name} file: {error}. Is it whole, and "
-                "is it one? format says what a file is where its name does not."
+                f"dataset: {file.label} cannot be read as {name} file: {error}. Is it complete? If "
+                "its name is misleading, set format to what it is."
             ) from error

@@ -118,7 +118,7 @@ def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> Non
         raise UserError(f"{subject}: column {number} has no name: {excerpt(header)}")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise UserError(f"{subject}: the name {twice[0]!r} stands twice. Rename one column.")
+        raise UserError(f"{subject}: the name {twice[0]!r} appears twice. Rename one column.")
     # One cell that holds another common delimiter: a wrong delimiter is likelier than a table of
     # one column.
     other = [mark for mark in _OTHER_DELIMITERS if mark in header[0]]
@@ -127,15 +127,15 @@ def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> Non
         if other[0] == "\t":  # Hydra's grammar has no escape for a tab.
             setting = format_override("dataset.format", "tsv")
         raise UserError(
-            f"{subject} is one cell: {excerpt(header[0])}. If another character parts the cells, "
-            f"name it: {setting}"
+            f"{subject} is a single cell: {excerpt(header[0])}. If the file uses another "
+            f"delimiter, set it: {setting}"
         )
 
 
 def _describe_open_quote(file: DataFile, where: str, options: CsvOptions) -> str:
     """Return the text for a quote that swallows the rest of the file."""
     return (
-        f"dataset: {where}: a cell opens with {options.quotechar} here that nothing closes before "
+        f"dataset: {where}: a cell opens with {options.quotechar} here and is not closed before "
         "the file ends. Close it, double it if it is meant as text, or, where quotes are plain "
         f"characters, set {file.options_key}.quotechar=null."
     )

@@ -78,7 +78,7 @@ def _select_main_format(folder: str, visible: list[NamedLocation]) -> list[Named
         )
         raise UserError(
             f"dataset: {folder} holds files of several formats ({counts}). Set format to "
-            f"one of them, or name the files: path={folder}/*.SUFFIX."
+            f"one of them, or name the files in path: {folder}/*.SUFFIX"
         )
     selected = [entry for file_format, entry in with_formats if file_format in formats]
     return _check_one_split(folder, selected or _refuse_empty_folder(folder))
@@ -104,8 +104,8 @@ def _refuse_empty_folder(folder: str, format: str = "") -> list[NamedLocation]:
     """Stop at a folder without data."""
     noun = f"{format} files" if format else "data files"
     raise UserError(
-        f"dataset: {folder} holds no {noun}. Folders inside it are not looked into unless you say "
-        f"so: path={folder.rstrip('/')}/**/*.jsonl, say."
+        f"dataset: {folder} holds no {noun}. Its subfolders are read only if the path says so, "
+        f"such as {folder.rstrip('/')}/**/*.jsonl"
     )
 
 
@@ -199,8 +199,8 @@ def _open_filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple
         raise UserError(f"dataset: {path} needs a package that is not installed. {cure}") from error
     except ValueError as error:
         raise UserError(
-            f"dataset: {path} cannot be opened: {error}. Known are s3://, gs://, hf://, http://, "
-            "https://, file:// and what else fsspec has a package for."
+            f"dataset: {path} cannot be opened: {error}. luthier reads s3://, gs://, hf://, "
+            "http://, https:// and file://, and whatever else fsspec has a package for."
         ) from error
 
 
@@ -255,8 +255,8 @@ def find_files(paths: Sequence[str], settings: FileSettings) -> list[DataFile]:
         key = (file.location.key, file.member)
         if key in seen:
             raise UserError(
-                f"dataset: {file.label} stands twice in path (as {seen[key]} too). Name "
-                "it once; repeats shows its rows more often."
+                f"dataset: {file.label} is listed twice in path (also as {seen[key]}). List "
+                "it once; to train on its rows more often, set repeats."
             )
         seen[key] = file.label
     return files
@@ -365,7 +365,7 @@ def _check_glob_folders(pattern: Path) -> None:
             continue
         for folder in glob.iglob(f"{Path(*parts[:length])}/", recursive=True):  # noqa: PTH207
             if not is_readable(Path(folder), os.R_OK | os.X_OK):
-                raise UserError(f"dataset: {folder} cannot be looked into: permission denied.")
+                raise UserError(f"dataset: {folder} cannot be opened: permission denied.")
 
 
 def _expand_archive(label: str, location: FileLocation, settings: FileSettings) -> list[DataFile]:
@@ -398,8 +398,8 @@ def _file_format(label: str, settings: FileSettings) -> str:
         raise UserError(f"dataset: {label} is an archive that luthier does not open. {unpack}")
     if file_format is None:
         raise UserError(
-            f"dataset: {label} has none of the suffixes {', '.join(FORMAT_OF_SUFFIX)} (with .gz, "
-            ".bz2, .xz, .zst or .zip behind them where it is compressed). Set format to what it is."
+            f"dataset: {label} has none of the suffixes {', '.join(FORMAT_OF_SUFFIX)} (followed by "
+            ".gz, .bz2, .xz, .zst or .zip if it is compressed). Set format to what it is."
         )
     return file_format
 

@@ -60,13 +60,13 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise RowError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+        raise RowError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
     return result
 
 
 def _refuse_constant(name: str) -> None:
     """Refuse NaN and infinities, which Python reads and JSON does not have."""
-    raise RowError(f"{name} is no JSON value")
+    raise RowError(f"{name} is not a JSON value")
 
 
 def _finite_float(text: str) -> float:

@@ -46,16 +46,16 @@ _READERS: dict[str, Callable[[DataFile, Any], Iterator[Row | BadRow]]] = {
     "arrow": lambda file, options: read_arrow_rows(file),
 }
 _JSON_ADVICE = (
-    "Each row is to be one JSON object, such as\n"
+    "Each row must be one JSON object, such as\n"
     '  {"messages": [{"role": "user", "content": "Hi"}, '
     '{"role": "assistant", "content": "Hello!"}]}\n'
     '  {"prompt": "Hi", "completion": "Hello!"}\n'
     "one per line (JSONL), or all of them in one array (JSON)."
 )
 _CSV_ADVICE = (
-    "Each record is to have one cell for each column of the header; a cell that holds the "
-    "delimiter, a quote or a line break stands in quotes, and quotes inside it are doubled. "
-    "Where quotes are plain characters, set {key}.quotechar=null."
+    "Each record must have one cell for each column of the header. A cell that contains the "
+    "delimiter, a quote or a line break must be in quotes, with quotes inside it doubled. "
+    "If quotes are plain characters in this file, set {key}.quotechar=null."
 )
 _ADVICE = {"jsonl": _JSON_ADVICE, "json": _JSON_ADVICE, "csv": _CSV_ADVICE, "tsv": _CSV_ADVICE}
 

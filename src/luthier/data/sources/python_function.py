@@ -12,7 +12,7 @@ from luthier.python_code import check_python_path, describe_exception, load_pyth
 class FunctionContent:
     """What a function yields; called anew, with the same arguments, each time it is read."""
 
-    advice = "Each row that the function yields is to be a dict of columns."
+    advice = "Each row that the function yields must be a dict of columns."
 
     def __init__(
         self, path: str, arguments: Mapping[str, Any], name: str, max_rows: int | None = None

@@ -41,8 +41,9 @@ def refuse_long_row(chars: int, where: str) -> None:
     """Raise UserError, with `where` a row begins, for one of more characters than are held."""
     if chars > MAX_ROW_CHARS:
         raise UserError(
-            f"dataset: {where}: what begins here is longer than {MAX_ROW_CHARS:,} characters, and "
-            "no row is so long.\nIf the file is what you want to train on, cut it into rows first."
+            f"dataset: {where}: the row that begins here is longer than {MAX_ROW_CHARS:,} "
+            "characters, the most that a row may have.\nIf this is the file that you want to train "
+            "on, cut it into rows first."
         )
 
 

@@ -133,7 +133,7 @@ class Store:
     def _make(self, key: str, make: EntryMaker, problem: str | None) -> StoredEntry:
         """Make the entry in a folder beside its own, which then takes the name at once."""
         if problem is not None:
-            _say(f"The encoded rows in {self.folder / key} are damaged: {problem}. Making anew.")
+            _say(f"The encoded rows in {self.folder / key} are damaged: {problem}. Encoding again.")
         self._remove_leftovers(key)
         new = self.folder / f"{key}.new-{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}"
         try:
