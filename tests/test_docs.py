@@ -1,5 +1,6 @@
 """Every command, option, key, file and name that README and docs mention exists."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -11,11 +12,17 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 import yaml
+from PIL import Image
 from pydantic import BaseModel
 
 from luthier.cli.main import COMMANDS
 from luthier.config.code_settings import CODE_SETTINGS
-from luthier.config.schema import RunConfig
+from luthier.config.foreign_settings import FOREIGN_SETTINGS
+from luthier.config.library_fields import read_class_fields
+from luthier.config.methods import METHODS
+from luthier.config.passthrough import PASS_THROUGH_KEYS
+from luthier.config.schema import DatasetConfig, RunConfig
+from luthier.data.examples import BadRows, check_sources
 from luthier.python_code import check_python_path
 
 ROOT = Path(__file__).parents[1]
@@ -414,3 +421,130 @@ def test_wrong_settings_are_noticed():
     assert wrong_override("temperature=1", with_generation=False)
     assert not wrong_override("trainer.args.max_steps=3", with_generation=False)
     assert not wrong_override("temperature=1", with_generation=True)
+
+
+RUN_LENGTH = 3
+"""How many words in a row a quoted line and the source must share."""
+
+
+@cache
+def source_phrases() -> frozenset[tuple[str, ...]]:
+    """Return all runs of words in the texts of the source; what is filled in ends a run."""
+    phrases: set[tuple[str, ...]] = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            elif isinstance(node, ast.JoinedStr):
+                text = "".join(
+                    str(piece.value) if isinstance(piece, ast.Constant) else "\0"
+                    for piece in node.values
+                )
+            else:
+                continue
+            words = text.split()
+            phrases.update(zip(*(words[start:] for start in range(RUN_LENGTH)), strict=False))
+    return frozenset(phrases)
+
+
+def share_in_source(line: str) -> float:
+    """Return the share of a line's words that stand in the source in such a run."""
+    words = line.split()
+    known: set[int] = set()
+    for start in range(len(words)):
+        if tuple(words[start : start + RUN_LENGTH]) in source_phrases():
+            known.update(range(start, start + RUN_LENGTH))
+    return len(known) / len(words)
+
+
+def quoted_messages(page: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("page", ["troubleshooting.md", "what-trains.md", "migrating.md"])
+def test_a_quoted_message_is_one_that_luthier_prints(page):
+    messages = quoted_messages(page)
+    assert messages
+    assert [line for line in messages if share_in_source(line) < 0.4] == []
+
+
+def test_a_message_that_luthier_does_not_print_is_noticed():
+    assert share_in_source("no row in this spreadsheet could ever train anything useful") < 0.4
+
+
+def migration_rows() -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the names of other trainers and the keys of luthier in each row of the tables."""
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    for line in page.partition("## What has no counterpart")[0].splitlines():
+        if line.startswith("| `"):
+            theirs, ours = line.split("|")[1:3]
+            words = [word for span in SPAN.findall(ours) for word in span.split()]
+            yield SPAN.findall(theirs), [word.partition("=")[0] for word in words]
+
+
+def library_settings(group: str) -> set[str]:
+    """Return the settings of `trainer.args` (of all methods), or of another such group."""
+    classes = [facts.config for facts in METHODS.values()] if group == "trainer.args" else []
+    keys = [key for key in PASS_THROUGH_KEYS if key.key == group]
+    fields = [read_class_fields(*names) or {} for names in classes] + [
+        key.fields() or {} for key in keys
+    ]
+    return {name for names in fields for name in names} | {
+        name for key in keys for name in key.luthier_settings
+    }
+
+
+def test_every_key_of_the_migration_tables_exists():
+    wrong = []
+    for _, keys in migration_rows():
+        for key in keys:
+            group, _, name = key.rpartition(".")
+            is_of_library = group in ("trainer.args", "lora")
+            if not (name in library_settings(group) if is_of_library else is_key(key)):
+                wrong.append(key)
+    assert wrong == []
+
+
+def test_the_migration_tables_answer_as_the_messages_do():
+    wrong = []
+    for names, keys in migration_rows():
+        for name in names:
+            answer = FOREIGN_SETTINGS.get(name)  # a name with a value has a row of its own
+            if answer and answer.keys and not set(answer.keys) & set(keys):
+                wrong.append((name, keys, answer.keys))
+    assert wrong == []
+
+
+OWN_DATA = {
+    "my_questions.csv": ("sft", "prompt_completion", 6),
+    "my_chats.jsonl": ("sft", "messages", 3),
+    "my_pairs.jsonl": ("dpo", "preference", 3),
+    "my_photos.jsonl": ("sft", "messages", 2),
+}
+"""The files on the page on data of one's own: the method, and what luthier finds in them."""
+
+
+def files_on_the_page() -> dict[str, str]:
+    """Return the content of each file that the page shows below its name."""
+    page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
+    blocks = re.split(r"```(?:csv|json)\n", page)
+    names = [re.findall(r"`(my_\w+\.(?:csv|jsonl))`", text)[-1] for text in blocks[:-1]]
+    return {name: text.partition("```")[0] for name, text in zip(names, blocks[1:], strict=True)}
+
+
+@pytest.mark.parametrize("name", OWN_DATA)
+def test_the_files_of_the_page_on_your_own_data_are_read_as_it_says(name, tmp_path, monkeypatch):
+    assert set(files_on_the_page()) == set(OWN_DATA)
+    method, row_format, rows = OWN_DATA[name]
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(files_on_the_page()[name], encoding="utf-8")
+    Path("photos").mkdir()
+    for number in (1, 2):
+        Image.new("RGB", (8, 8)).save(f"photos/{number}.png")
+    (opened,) = check_sources(DatasetConfig(path=name), method).open_train().values()
+    assert opened.row_format.type == row_format
+    bad = BadRows()
+    assert len(list(opened.examples(bad))) == rows
+    assert bad.rows == []

@@ -293,7 +293,7 @@ def test_turns_go_with_their_images_and_an_image_is_never_cut():
     # The number is the image's in the row as it was given.
     assert [(span.number, span.stop - span.start) for span in cut.images] == [(1, 7)]
     assert (cut.input_ids, batch.cut) == (later.input_ids, {0: 1})
-    with pytest.raises(ChatError, match="image 0 of the row makes 400 tokens by itself, more than"):
+    with pytest.raises(ChatError, match="image 0 of the row has 400 tokens by itself, more than"):
         _encoder(family, max_length=300, on_long="error").encode(
             [user([image(tokens=400)]), bot("A.")]
         )

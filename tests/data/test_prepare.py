@@ -241,8 +241,7 @@ def test_equal_rows(write, mode, expected):
         pytest.param(
             replies("a", "b"),
             {"eval": {"path": "empty.jsonl"}},
-            ["dataset.eval.path: none of the 1 rows can be used to evaluate on",
-             "The first one is empty.jsonl:1."],
+            ["dataset.eval.path: the only row, empty.jsonl:1, cannot be used to evaluate on"],
             id="none-of-the-held-out-file",
         ),
         pytest.param(

@@ -247,7 +247,7 @@ def test_an_image_that_cannot_be_decoded_is_named(on_images, broken_pixels):
     broken_pixels("tall.png")
     code, out, _ = on_images("check", IMAGE_ROWS)
     assert code == 1
-    assert "✗ every image can be decoded                  2 of 4 images break it" in out
+    assert "✗ every image can be decoded                  2 of 4 images break the rule" in out
     assert "  rows.jsonl:2: image 2 of 2 (tall.png): it is broken: " in out
     assert "  rows.jsonl:4: image 1 of 1 (tall.png): it is broken: " in out
 

@@ -104,7 +104,7 @@ def test_a_changed_folder_is_told_by_its_first_row(luthier, saved):
     (folder / "model/generation_config.json").write_text('{"eos_token_id": 0}')
     code, out, _ = luthier("check", folder, "--served", "--limit", "1")
     assert code == 1
-    assert "prompts are those of apply_chat_template, as saved  2 of 2 turns break it" in out
+    assert "prompts are those of apply_chat_template, as saved  2 of 2 turns break the rule" in out
     assert "rows.jsonl:1: the prompt differs" in out
     assert "generation_config.json: <|im_end|> (2) is not an end token there" in out
     assert "get other tokens than it was trained on" in out

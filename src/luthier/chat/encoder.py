@@ -541,7 +541,7 @@ class ChatPromptEncoder:
             if len(ids) <= (self._limit or 0):
                 return ids, len(conversation.messages) - len(shorter.messages)
         raise ChatError(
-            f"the prompt has {length} tokens, and no whole turns can go to make it fit the "
-            f"{self._limit} that `max_length` leaves for it beside the longest completion",
+            f"the prompt has {length} tokens, and no whole turns can be removed to make it fit the "
+            f"{self._limit} that chat.max_length leaves for it besides the longest completion",
             reason="too long",
         )

@@ -337,14 +337,14 @@ class Truncator:
         size = 0 if largest is None else largest.stop - largest.start
         if largest is not None and size > self._limit:
             return ChatError(
-                f"image {largest.number} of the row makes {size} tokens by itself, more than the "
-                f"{self._limit} of `max_length`, and an image is never cut; make it smaller, or "
-                "raise the length",
+                f"image {largest.number} of the row has {size} tokens by itself, more than "
+                f"chat.max_length={self._limit}, and an image is never cut; make it smaller, or "
+                "raise chat.max_length",
                 reason="too long",
             )
         return ChatError(
-            f"the row makes {max(len(sequence.ids) for sequence in sequences)} tokens, and no "
-            f"whole turns can go to make it fit the {self._limit} of `max_length`",
+            f"the row has {max(len(sequence.ids) for sequence in sequences)} tokens, more than "
+            f"chat.max_length={self._limit}, and no whole turns can be removed to make it fit",
             reason="too long",
         )
 

@@ -309,7 +309,9 @@ def _describe_no_rows(key: str, selectable: list[SelectableRows], purpose: str) 
     listed_reasons = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
     first = next(source for source in selectable if len(source)).first_location
     advice = _NO_ROWS_ADVICE.get(reasons.most_common(1)[0][0], "") if reasons else ""
+    if total == 1:
+        return f"{key}: the only row, {first}, cannot be used {purpose} ({listed_reasons}).{advice}"
     return (
-        f"{key}: none of the {total} rows can be used {purpose} ({listed_reasons}). "
+        f"{key}: none of the {total:,} rows can be used {purpose} ({listed_reasons}). "
         f"The first one is {first}.{advice}"
     )

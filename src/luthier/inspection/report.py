@@ -342,9 +342,12 @@ def _show_boundaries(console: Console, survey: Survey) -> None:
 def print_rule(console: Console, rule: Rule, remark: str) -> None:
     """Print a rule, how often it was checked, and the first places where it breaks."""
     sign, style = ("✗", "bold red") if rule.broken else ("✓", "green")
-    count = f"{rule.checked:,} {rule.unit}"
+    unit = rule.unit
+    if rule.checked == 1:
+        unit = "reply" if unit == "replies" else unit.removesuffix("s")
+    count = f"{rule.checked:,} {unit}"
     if rule.broken:
-        count = f"{rule.broken:,} of {count} break it"
+        count = f"{rule.broken:,} of {count} break the rule"
     line = Text("  ").append(sign, style=style).append(f" {rule.text:<42}  {count}")
     console.print(line.append(remark, style="dim"), soft_wrap=True)
     for example in rule.examples:

@@ -112,7 +112,7 @@ def test_an_empty_file_among_others_is_a_bad_row(write, read):
         ("./what.bin", {}, ["./what.bin has none of the suffixes .jsonl"]),
         ("mixed/*", {}, ["mixed/c.bin has none of the suffixes"]),
         (["train.jsonl", "train.jsonl"], {}, ["train.jsonl is listed twice", "set repeats"]),
-        (["*.jsonl", "./train.jsonl"], {}, ["./train.jsonl is listed twice", "also as train.jsonl"]),
+        (["*.jsonl", "./train.jsonl"], {}, ["./train.jsonl is listed twice", "also as train"]),
         (["train.jsonl", "owner/name"], {}, ["there is no file owner/name"]),
         ([], {}, ["dataset.path is not set"]),
         (None, {}, ["dataset.path is not set"]),

@@ -190,7 +190,7 @@ class ReplyEncoder:
         if self._on_long != "turns":
             return ComparedReplies(problem=("too long", description))
         best = ComparedReplies(
-            problem=("too long", f"{description}; no whole turns of its prompt can go")
+            problem=("too long", f"{description}; no whole turns of its prompt can be removed")
         )
         prompts = _shortened_prompts(example)
         low, high = 0, len(prompts)
