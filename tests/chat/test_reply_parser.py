@@ -206,12 +206,12 @@ BROKEN = {
     "broken JSON": (CALL % '{"n": }' + END, "not JSON"),
     "JSON that is no object": (CALL % "[1]" + END, "no object"),
     "a number that JSON has not": (CALL % '{"n": NaN}' + END, "NaN is no JSON"),
-    "a key twice": (CALL % '{"n": 1, "n": 2}' + END, "a key stands twice"),
+    "a key twice": (CALL % '{"n": 1, "n": 2}' + END, "a key appears twice"),
     "JSON nested without end": (CALL % '{"n": ' + "[" * 50_000 + END, "not JSON"),
     "JSON nested deeply": (CALL % ('{"n": ' + "[" * 80 + "]" * 80 + "}") + END, "nested over 64"),
     "half of a surrogate pair": (CALL % '{"word": "\\ud800"}' + END, "surrogate"),
     "other spaces": (CALL % '{"n":1}' + END, "writes this message otherwise: ' 1}"),
-    "text behind a call": (CALL % "{}" + "\nSo." + END, "stands behind a call"),
+    "text behind a call": (CALL % "{}" + "\nSo." + END, "a call is followed by"),
     "no thought": ("An instrument." + END, "does not begin as the template begins"),
     "nothing": (END, "does not begin as the template begins"),
     "an endless thought": ("<think>\nHm." + END, "it ends within its reasoning"),
@@ -265,7 +265,7 @@ def test_tokens_that_the_template_would_not_give_are_said():
     ids = [i for c in "An instrument." for i in encoder.tokenizer(c)["input_ids"]]
     parsed = encoder.parse(ids, QUESTION)
     assert parsed.message == bot("An instrument.")
-    assert "its tokens are other ones" in parsed.reason
+    assert "its tokens are different" in parsed.reason
     assert encoder.parse("An instrument.", QUESTION).reason is None
 
 

@@ -71,7 +71,7 @@ def some_files(write, tmp_path):
         ),
         pytest.param(
             {"path": None, "sources": {"a": {"path": "data.jsonl", "filter": "1 +"}}},
-            r"dataset\.sources\.a\.filter is no filter expression",
+            r"dataset\.sources\.a\.filter is not a valid filter",
             id="a-source's-filter",
         ),
         pytest.param(

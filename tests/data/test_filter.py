@@ -93,7 +93,7 @@ def test_a_mistake_is_shown_at_its_place(expression, problem, marked):
     with pytest.raises(UserError) as caught:
         compile_filter(expression, "dataset.sources.a.filter")
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("dataset.sources.a.filter is no filter expression: ")
+    assert lines[0].startswith("dataset.sources.a.filter is not a valid filter: ")
     assert problem in lines[0]
     if marked:
         start, stop = lines[2].index("^"), len(lines[2])
@@ -151,7 +151,7 @@ def test_a_long_expression_is_shown_around_the_place():
     ],
 )
 def test_nothing_else_is_reached(expression):
-    with pytest.raises(UserError, match="is no filter expression"):
+    with pytest.raises(UserError, match="is not a valid filter"):
         compile_filter(expression)
 
 

@@ -144,7 +144,7 @@ def _check_forms(family, llm, expected):
 BROKEN = {
     "no file": (image("gone.png"), r"row 7: messages\[0\]: there is no file gone.png"),
     "no image": ({"type": "image"}, r"row 7: messages\[0\]: an image part has no image: write"),
-    "no picture": (image(b"text"), r"row 7: messages\[0\]: it is no picture"),
+    "no picture": (image(b"text"), r"row 7: messages\[0\]: it is not a picture"),
     "a number": (image(7), r"row 7: messages\[0\]: this is a number"),
 }
 

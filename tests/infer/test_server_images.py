@@ -81,8 +81,8 @@ REFUSED = {
     "an address": (image("https://localhost/a.png"), PLACE, "luthier serve --allow-image-urls"),
     "no base64": (image("data:image/png,abc"), PLACE, "with the bytes in base64"),
     "broken base64": (image("data:image/png;base64,ab*c"), PLACE, "its base64 text is broken"),
-    "no picture": (image(address(b"hello")), PLACE, "it is no picture that can be read"),
-    "a page": (image(address(b"<html>hello</html>")), PLACE, "it is no picture but markup"),
+    "no picture": (image(address(b"hello")), PLACE, "it is not a picture that can be read"),
+    "a page": (image(address(b"<html>hello</html>")), PLACE, "it is not a picture but markup"),
     "half a picture": (
         image(address(HALF.getvalue()[:-300], "image/jpeg")), PLACE, "it is broken",
     ),

@@ -49,7 +49,7 @@ class ArgumentForm(Protocol):
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return value
 
 
@@ -99,7 +99,7 @@ class WholeArguments:
             value, end = read_json(text, position)
         if self.notation == "json text":
             if not isinstance(value, str):
-                raise ReplySyntaxError("the arguments are no JSON text")
+                raise ReplySyntaxError("the arguments are not JSON text")
             inner, inner_end = read_json(value, 0)
             value = inner if inner_end == len(value) else None
         if not isinstance(value, dict):
@@ -169,7 +169,7 @@ class EntryArguments:
         self.containers: dict[str, Literal["json", "python"] | SequenceMarkers] = {}
         self._base = self._learn_markers({"integer"}, NUMBERS[0], [number])
         if self._base is None:
-            raise ReplySyntaxError("the template writes arguments in no form that is known")
+            raise ReplySyntaxError("the template writes arguments in an unknown form")
         self._learn_strings()
         self._learn_scalars()
         self._learn_container("array", [71003, "zqx"], [71003, 71004])
@@ -182,7 +182,7 @@ class EntryArguments:
         """Return what stands behind the first key."""
         text = self._write(arguments)
         if not text.startswith(self.lead + KEYS[0]):
-            raise ReplySyntaxError("the template writes this argument otherwise than others")
+            raise ReplySyntaxError("the template writes this argument differently from others")
         return text[len(self.lead) + len(KEYS[0]) :]
 
     def _learn_markers(
@@ -238,7 +238,7 @@ class EntryArguments:
         special = "zqx\"\\\n'zqy"
         body = self._body({KEYS[0]: special})
         if "zqx" not in body or "zqy" not in body:
-            raise ReplySyntaxError("the template escapes text in a way that is not known")
+            raise ReplySyntaxError("the template escapes text in an unknown way")
         written = body[body.index("zqx") : body.rindex("zqy") + 3]
         if written == special:
             return
@@ -247,7 +247,7 @@ class EntryArguments:
             with suppress(ReplySyntaxError):
                 if self._unescape(written) == special:
                     return
-        raise ReplySyntaxError("the template escapes text in a way that is not known")
+        raise ReplySyntaxError("the template escapes text in an unknown way")
 
     def _learn_scalars(self) -> None:
         for name, value, encodings in (
@@ -341,7 +341,7 @@ class EntryArguments:
         while True:
             key, markers, position = self._read_key(text, position)
             if key in arguments:
-                raise ReplySyntaxError(f"the argument `{key}` stands twice")
+                raise ReplySyntaxError(f"the argument `{key}` appears twice")
             separators = [each.replace(KEY_MARK, key) for each in markers.separators]
             closings = [each.replace(KEY_MARK, key) for each in markers.closings]
             ends = _longest_first([*separators, *closings])

@@ -79,7 +79,7 @@ class CallGrammar:
         if "name" not in self.parts or "arguments" not in self.parts:
             raise ReplySyntaxError("the template does not show the names or the arguments of calls")
         if any(tuple(part.part for part in call) != self.parts for call in calls):
-            raise ReplySyntaxError("the template writes one call otherwise than another")
+            raise ReplySyntaxError("the template writes one call differently from another")
         text = texts[-1]
         self.inner = [
             _merge_markers([text[call[n].stop : call[n + 1].start] for call in calls])
@@ -120,7 +120,7 @@ class CallGrammar:
         def write(arguments: dict[str, Any]) -> str:
             text = self._render([make_call(0, arguments)])
             if not (text.startswith(front) and text.endswith(rest)):
-                raise ReplySyntaxError("the template writes this argument otherwise than others")
+                raise ReplySyntaxError("the template writes this argument differently from others")
             return text[len(front) : len(text) - len(rest)]
 
         return EntryArguments(write)
@@ -152,7 +152,7 @@ class CallGrammar:
         key = text.find(KEYS[index])
         start = key - len(self.arguments.lead)
         if key < 0 or text[start:key] != self.arguments.lead:
-            raise ReplySyntaxError("the template writes one call otherwise than another")
+            raise ReplySyntaxError("the template writes one call differently from another")
         _, stop = self.arguments.parse(
             text, start, {"properties": {KEYS[index]: {"type": "integer"}}}
         )
@@ -210,7 +210,7 @@ class CallGrammar:
             if number + 1 < len(self.parts):
                 marker = self.inner[number].at(index)
                 if not text.startswith(marker, position):
-                    raise ReplySyntaxError(f"something else stands behind the {part} of a call")
+                    raise ReplySyntaxError(f"the {part} of a call is followed by something else")
                 position += len(marker)
         return values, position
 
@@ -250,7 +250,7 @@ def _behind_number(text: str) -> str:
     """Return what stands behind the value of the first made-up call."""
     _, number, behind = text.partition(str(NUMBERS[0]))
     if not number:
-        raise ReplySyntaxError("the template writes arguments in no form that is known")
+        raise ReplySyntaxError("the template writes arguments in an unknown form")
     return behind
 
 
@@ -280,4 +280,4 @@ def _merge_markers(texts: list[str]) -> CallMarker:
         )
         if [marker.at(index) for index in range(len(texts))] == texts:
             return marker
-    raise ReplySyntaxError("the template writes one call otherwise than another")
+    raise ReplySyntaxError("the template writes one call differently from another")

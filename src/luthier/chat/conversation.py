@@ -290,7 +290,7 @@ def _check_unicode(value: str, origin: FieldOrigin) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ChatError(
-            f"character {error.start} is half of a surrogate pair, which is no text; "
+            f"character {error.start} is half of a surrogate pair, which is not text; "
             "read the file as UTF-8 or remove the character",
             reason="invalid unicode",
             message=origin.message,

@@ -173,7 +173,7 @@ class ReplyGrammar:
                 ending = next((each for each in endings if rest.endswith(each)), None)
                 if ending is not None:
                     return calls, rest[len(marker) : len(rest) - len(ending)]
-        raise ReplySyntaxError("something else than the template writes stands behind a call")
+        raise ReplySyntaxError("a call is followed by something that the template does not write")
 
 
 def _make_message(
@@ -204,7 +204,7 @@ class ReplyScanner:
         self.held = ""
         """The text behind what was given out; at the end the calls, or a marker that was cut."""
         self.problem: str | None = None
-        """Why the reply is no turn of the template, once that is known."""
+        """Why the reply is not a turn of the template, once that is known."""
 
     def add(self, text: str) -> Iterator[ScannedText]:
         """Yield what a piece of text settles."""

@@ -209,7 +209,7 @@ class ReplyParser:
         scanner = ReplyScanner(grammar)
         pieces = [*scanner.add(reply_text.text), *scanner.finish(is_cut=not reply_text.is_ended)]
         if scanner.problem is not None:
-            return ParsedReply(plain, f"the reply is no turn of the template: {scanner.problem}")
+            return ParsedReply(plain, f"the reply is not a turn of the template: {scanner.problem}")
         texts = {
             name: "".join(piece.text for piece in pieces if piece.field == name)
             for name in ("content", "reasoning")
@@ -264,7 +264,7 @@ class ReplyParser:
         if is_same:
             return None
         if text == reply_text.text:
-            return "the reply's text is as the template writes it, but its tokens are other ones"
+            return "the reply's text is as the template writes it, but its tokens are different"
         return _describe_difference(reply_text.text, text)
 
     def _begins(self, ids: list[int], reply_text: ReplyText, cut: int) -> bool:
@@ -360,6 +360,6 @@ def _describe_difference(text: str, whole: str) -> str:
     while same < min(len(text), len(whole)) and text[same] == whole[same]:
         same += 1
     return (
-        f"the template writes this message otherwise: {whole[same : same + 40]!r} where the reply "
-        f"has {text[same : same + 40]!r}"
+        f"the template writes this message differently: {whole[same : same + 40]!r} where the "
+        f"reply has {text[same : same + 40]!r}"
     )

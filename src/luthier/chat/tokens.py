@@ -292,7 +292,7 @@ class TokenEncoder:
         ids = ids[len(self._newline) :] if is_separate else encode(text)
         if self.added[text] in ids:
             raise ChatError(
-                f"{text!r} stands in the row's text, and this tokenizer makes the control token "
+                f"{text!r} is in the row's text, and this tokenizer makes the control token "
                 "of it even as plain text; remove it from the row",
                 reason="cannot be neutralised",
             )

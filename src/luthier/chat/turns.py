@@ -428,7 +428,7 @@ def _headless_prompt_error(before: TracedStr, number: int) -> ChatError:
 def _unknown_reply_error(before: TracedStr, after: TracedStr, number: int) -> ChatError:
     return ChatError(
         f"the template's generation prompt ends in {before!r}, which is not how it writes "
-        f"the turn ({after[:80]!r}...), so the reply behind it is not known",
+        f"the turn ({after[:80]!r}...), so the reply after it is not known",
         reason="no prefix",
         message=number,
     )

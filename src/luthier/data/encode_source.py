@@ -175,7 +175,7 @@ def _chunk_result(
         encoded = future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "dataset.workers: a process that encodes rows was ended from outside, perhaps because "
+            "dataset.workers: a process that encodes rows was killed, perhaps because "
             "the memory was full. Set fewer workers."
         ) from error
     if isinstance(encoded, _RefusedExample):

@@ -122,7 +122,7 @@ def _point_at(key: str, text: str, error: FilterError) -> str:
     excerpt = text[cut : cut + 100]
     marks = max(1, min(error.stop, cut + len(excerpt)) - error.start)
     lines = f"  {excerpt}\n  {' ' * (error.start - cut)}{'^' * marks}\n" if excerpt else ""
-    return f"{key} is no filter expression: {error}\n{lines}{_EXAMPLE}"
+    return f"{key} is not a valid filter: {error}\n{lines}{_EXAMPLE}"
 
 
 # What an expression may do to values. No operation makes a value much larger than its operands.
@@ -329,7 +329,7 @@ class _Checker(ast.NodeTransformer):
             near = nearest_option(name, table)
             guess = f" (did you mean `{near}`?)" if near else ""
             names = ", ".join(sorted(table))
-            self._refuse(node.func, f"`{name}` is none of its {what}{guess}, which are {names}")
+            self._refuse(node.func, f"`{name}` is not one of its {what}{guess}, which are {names}")
         _, fewest, most = table[name]
         if not fewest <= len(node.args) <= most:
             count = f"{fewest}" if fewest == most else f"{fewest} to {most}"

@@ -124,7 +124,7 @@ class ServedCheck:
         if served == self._of_today(turn):
             return f"the template writes today's date; the training had {self._trained.date}"
         if self._applied(turn, {**variables, "sanitize_control_tokens": True}) == turn.prompt:
-            return "a control token stands in the text: a server takes it for one"
+            return "the text contains a control token, which a server would read as one"
         return "the prompt differs"
 
     @cached_property

@@ -254,7 +254,7 @@ def check_lora_shapes(
     base_folder = Path(base.path).expanduser()
     weights = folder / ADAPTER_WEIGHTS_FILE
     if has_entry(weights) and not weights.is_file():
-        raise UserError(f"{name}: {weights}: it is no file. Copy or fetch the file again.")
+        raise UserError(f"{name}: {weights}: it is not a file. Copy or fetch the file again.")
     if not base_folder.is_dir() or not weights.is_file():
         return
     shapes = {

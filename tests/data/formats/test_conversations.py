@@ -444,9 +444,9 @@ def test_the_tools_of_a_row(read, more, settings, tools):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"messages": "Hi"}, "'messages' is text that is no JSON of a list of messages"),
+        ({"messages": "Hi"}, "'messages' is not the JSON text of a list of messages"),
         ({"messages": "[{'role': 'user'}]"}, "messages[0]: the content of this user message is"),
-        ({"messages": "[{'role': user}]"}, "'messages' is text that is no JSON of a list"),
+        ({"messages": "[{'role': user}]"}, "'messages' is not the JSON text of a list"),
         ({"messages": '{"a": 1}'}, "'messages' is text of an object; expected a list"),
         ({"messages": None}, "'messages' is null; expected a list"),
         ({"messages": float("nan")}, "'messages' is NaN; expected a list"),
@@ -487,7 +487,7 @@ def test_the_tools_of_a_row(read, more, settings, tools):
                     }
                 ]
             },
-            "a part of reasoning stands behind other parts",
+            "a reasoning part comes after other parts",
         ),
         ({"messages": [{**REPLY, "tool_calls": "f()"}]}, "tool_calls is text that is no JSON"),
         ({"messages": [{**REPLY, "tool_calls": [3]}]}, "tool_calls[0] is a number; expected an"),
@@ -521,7 +521,7 @@ def test_the_tools_of_a_row(read, more, settings, tools):
         ({"conversations": [HUMAN, USER]}, "no from (it has: role, content); role and content"),
         (
             {"conversations": [HUMAN, {"from": "function_call", "value": "f(1)"}]},
-            "conversations[1]: the value of this call is text that is no JSON of {",
+            "conversations[1]: the value of this call is not the JSON text of {",
         ),
         ({"instruction": "a", "output": None}, "'output' is null; expected text"),
         ({"instruction": "a", "output": "b", "input": 3}, "'input' is a number; expected text"),
@@ -731,7 +731,7 @@ def test_lists_that_python_printed_are_read(read):
     ids=["texts", "bytes", "set", "number as key", "code", "numpy", "deep", "cut", "escape"],
 )
 def test_what_python_printed_and_json_has_not_is_refused(read, text):
-    with pytest.raises(RowError, match="'messages' is text that is no JSON of a list of messages"):
+    with pytest.raises(RowError, match="'messages' is not the JSON text of a list of messages"):
         read({"messages": text}, type="messages")
 
 

@@ -139,7 +139,7 @@ def test_a_labelled_row(detect, read, fields, settings, kind, expected):
         ({"tokens": ["a"], "tags": [None]}, "'tags' is null; expected a class"),
         (
             {"tokens": ["a"], "tags": [-1]},
-            "'tags' is -1, which stands for no label in hub datasets",
+            "'tags' is -1, which means no label in hub datasets",
         ),
         ({"source": 3, "target": "a"}, "'source' is a number; expected text"),
     ],

@@ -85,12 +85,12 @@ BROKEN = {
     ),
     "a page in place of a picture": (
         b"<!DOCTYPE html>\n<html>Not found</html>",
-        "it is no picture but markup ('<!DOCTYPE html> <html>Not found</html>')",
+        "it is not a picture but markup ('<!DOCTYPE html> <html>Not found</html>')",
     ),
-    "a PDF": (b"%PDF-1.7 ...", "it is no picture that can be read (it begins with b'%PDF-1.7'"),
+    "a PDF": (b"%PDF-1.7 ...", "it is not a picture that can be read (it begins with b'%PDF-1.7'"),
     "an EPS, which runs Ghostscript": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n",
-        "it is no picture that can be",
+        "it is not a picture that can be",
     ),
     "a bomb": (
         png_of_declared_size(30_000, 30_000),

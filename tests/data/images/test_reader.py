@@ -113,13 +113,16 @@ def test_a_picture_of_pillow_becomes_the_bytes_of_what_a_model_sees(mode):
 WRONG = {
     "a missing file": ("images/blue.png", "there is no file images/blue.png (looked for {}/sub/"),
     "a folder": ("images", "images cannot be read: Is a directory"),
-    "a page under the name of a picture": ("page.jpg", "page.jpg: it is no picture but markup"),
+    "a page under the name of a picture": ("page.jpg", "page.jpg: it is not a picture but markup"),
     "an empty file": ("empty.png", "empty.png: it is empty: it has no bytes"),
     "a number": (7, "this is a number (7); expected a path, an address, base64 text, or bytes"),
     "an object of other keys": ({"src": "x"}, "this object has neither bytes, path nor url (it ha"),
     "broken base64": ("data:image/png;base64,####", "its base64 text is broken: "),
     "a data address without data": ("data:image/png", "has no comma before its data"),
-    "base64 of something else": ("data:image/png;base64,aGVsbG8=", "it is no picture that can be"),
+    "base64 of something else": (
+        "data:image/png;base64,aGVsbG8=",
+        "it is not a picture that can be",
+    ),
 }
 
 

@@ -184,7 +184,7 @@ def parse_json_cell(text: str, what: str, expected: str) -> Any:
         return _parse_text(text)
     except ValueError as error:
         raise RowError(
-            f"{what} is text that is no JSON of {expected}: {error} ({excerpt(text)})"
+            f"{what} is not the JSON text of {expected}: {error} ({excerpt(text)})"
         ) from None
 
 
@@ -226,4 +226,4 @@ def _as_json(value: Any) -> Any:
         return {key: _as_json(item) for key, item in value.items()}
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise ValueError(f"{type(value).__name__} is no type of JSON")
+    raise ValueError(f"{type(value).__name__} is not a type of JSON")

@@ -106,7 +106,7 @@ def _parse_label_list(text: str, column: str) -> list[Any] | str:
     labels = list_or_empty(text)
     if not labels and any(mark in text for mark in ",'\""):
         raise RowError(
-            f"{column!r} is {excerpt(text)!r}, which begins like a list of classes and is none; "
+            f"{column!r} is {excerpt(text)!r}, which looks like a list of classes but is not one; "
             'write JSON, such as ["a", "b"]'
         )
     return labels or text
@@ -121,7 +121,7 @@ def read_label(value: Any, column: str) -> Label:
         return int(value)
     # Hub datasets give -1 to the rows of test sets whose labels are not published.
     if is_whole:
-        raise RowError(f"{column!r} is {value}, which stands for no label in hub datasets")
+        raise RowError(f"{column!r} is {value}, which means no label in hub datasets")
     shown_value = (
         f"{value!r}" if isinstance(value, str | float) and value == value else describe_value(value)
     )

@@ -150,7 +150,7 @@ def read_content_parts(content_parts: list[Any]) -> MessageContent:
         group = _add_part(content, content_part)
         if _PART_ORDER[group] < reached:
             raise RowError(
-                f"a part of {group} stands behind other parts; a message has its reasoning first, "
+                f"a {group} part comes after other parts; a message has its reasoning first, "
                 "then its text, then its calls, so split it into several messages"
             )
         reached = _PART_ORDER[group]

@@ -159,11 +159,11 @@ def _describe_other_content(data: bytes) -> str:
     start = data[:200].decode("utf-8", "replace").strip()
     if start[:1] == "<":
         return (
-            f"it is no picture but markup ({excerpt(start[:40])!r}), such as a page that a server "
-            "sent in its place"
+            f"it is not a picture but markup ({excerpt(start[:40])!r}), such as a page that a "
+            "server sent in its place"
         )
     names = ", ".join(IMAGE_FORMATS)
-    return f"it is no picture that can be read (it begins with {data[:8]!r}; read are {names})"
+    return f"it is not a picture that can be read (it begins with {data[:8]!r}; read are {names})"
 
 
 def _describe_error(error: Exception) -> str:
