@@ -19,6 +19,7 @@ from luthier.cli.main import COMMANDS
 from luthier.config.code_settings import CODE_SETTINGS
 from luthier.config.foreign_settings import FOREIGN_SETTINGS
 from luthier.config.library_fields import read_class_fields
+from luthier.config.load import load_config
 from luthier.config.methods import METHODS
 from luthier.config.passthrough import PASS_THROUGH_KEYS
 from luthier.config.schema import DatasetConfig, RunConfig
@@ -548,3 +549,14 @@ def test_the_files_of_the_page_on_your_own_data_are_read_as_it_says(name, tmp_pa
     bad = BadRows()
     assert len(list(opened.examples(bad))) == rows
     assert bad.rows == []
+
+
+def test_the_recipe_on_the_page_on_migrating_is_valid(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    recipe = page.split("```yaml\n")[3].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    Path("recipes/mine.yaml").write_text(recipe, encoding="utf-8")
+    config = load_config(["recipe=mine"]).config
+    assert config.model.path == "Qwen/Qwen3-0.6B"
+    assert config.chat.max_length == 2048
