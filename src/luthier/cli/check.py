@@ -18,19 +18,18 @@ COMMAND_LINE = CommandLine(
     "check",
     "luthier check recipe=NAME [key=value ...] [flags]\n"
     "luthier check RUN --served [--limit N]\n\n"
-    "Runs the whole dataset through the encoder and says what it makes: sources, tokens, how\n"
-    "long sequences are, the mixture, equal and held-out rows, which rows are dropped, cut, split\n"
-    "or not shown whole, how full the batches are, and if every rule holds. A row that would stop\n"
-    "the training does not stop the check. It loads no model weights and writes nothing but the\n"
-    "file of --png.\n\n"
-    "With --served: whether the tokenizer, template and end tokens that a run saved give, in\n"
-    "others' servers, the prompts and stop tokens of its training, on its own rows; and whether\n"
-    "each weight of its adapter belongs to a layer of the class that servers load the base by.\n\n"
-    "Exit code: 0 if every rule holds, 1 if one breaks, 2 for a mistake in what was typed.",
+    "Encodes the whole dataset and reports on it: sources, tokens, the lengths of sequences, the\n"
+    "mixture, duplicates and held-out rows, rows that are dropped, shortened or split, how full\n"
+    "batches are, and whether every rule holds. A row that would stop training does not stop the\n"
+    "check. It loads no model weights and writes nothing but the file of --png.\n\n"
+    "With --served, it checks on a run's own rows whether the tokenizer, template and end tokens\n"
+    "that the run saved give other servers the prompts and stop tokens of its training, and\n"
+    "whether each weight of its adapter belongs to a layer of the class that servers load.\n\n"
+    "Exit code: 0 if every rule holds, 1 if a rule is broken, 2 for a mistake in the command.",
     (
-        Flag("--limit", "N", "only the first N rows of each source"),
-        Flag("--served", None, "what a run saved, against what it was trained on"),
-        Flag("--json", None, "one JSON object, for machines"),
+        Flag("--limit", "N", "use only the first N rows of each source"),
+        Flag("--served", None, "compare what a run saved with what it was trained on"),
+        Flag("--json", None, "print one JSON object, for programs"),
         Flag("--png", "FILE", "draw the lengths and the mixture as a picture"),
         TRUST,
     ),

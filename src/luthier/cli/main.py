@@ -54,12 +54,12 @@ COMMANDS = {
     ),
     "preview": Command(
         "preview recipe=NAME [key=value ...]",
-        "rows of the dataset as tokens: what trains",
+        "show rows as tokens: what trains",
         "luthier.cli.preview:run",
     ),
     "check": Command(
         "check recipe=NAME [key=value ...]",
-        "the whole dataset held against the rules",
+        "check the whole dataset against the rules",
         "luthier.cli.check:run",
     ),
     "plan": Command(
@@ -69,7 +69,7 @@ COMMANDS = {
     ),
     "prepare": Command(
         "prepare recipe=NAME [key=value ...]",
-        "encode the dataset into the cache, ahead",
+        "encode the dataset into the cache in advance",
         "luthier.cli.prepare:run",
     ),
     "runs": Command(

@@ -7,10 +7,10 @@ from luthier.cli.arguments import TRUST, CommandLine
 COMMAND_LINE = CommandLine(
     "prepare",
     "luthier prepare recipe=NAME [key=value ...]\n\n"
-    "Reads the dataset of a recipe, encodes it and leaves the token rows in the cache, where\n"
-    "every later run with the same content and settings finds them. It loads no weights. Of\n"
-    "several that are started at once one encodes, and the others wait for it.\n\n"
-    "The cache is dataset.cache, else $LUTHIER_CACHE/data, else ~/.cache/luthier/data.",
+    "Reads the dataset of a recipe, encodes it and puts the token rows into the cache, where\n"
+    "every later run with the same content and settings finds them. It loads no weights. If\n"
+    "several are started at once, one encodes and the others wait for it.\n\n"
+    "The cache is dataset.cache, otherwise $LUTHIER_CACHE/data, otherwise ~/.cache/luthier/data.",
     (TRUST,),
     "  luthier prepare recipe=quickstart\n"
     "  luthier prepare recipe=qlora_llama dataset.workers=16\n",

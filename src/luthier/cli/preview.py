@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 COMMAND_LINE = CommandLine(
     "preview",
     "luthier preview recipe=NAME [key=value ...] [flags]\n\n"
-    "Shows rows of the dataset as the tokens that a run trains on: which train, which are\n"
-    "context, which are control tokens, where each token ends. It loads no model weights and\n"
+    "Shows rows of the dataset as the tokens that a run trains on: which tokens train, which are\n"
+    "context, which are control tokens, and where each token ends. It loads no model weights and\n"
     "writes nothing but the file of --html.",
     (
-        Flag("--row", "N", "begin with the Nth row (1 is the first); alone it shows one row"),
-        Flag("--n", "N", "show N rows (3 without --row)"),
-        Flag("--source", "NAME", "rows of one of dataset.sources"),
-        Flag("--eval", None, "rows that are held out, in place of those that train"),
-        Flag("--set", "NAME", "rows of one of dataset.eval.sets"),
-        Flag("--ids", None, "the id behind each token"),
-        Flag("--json", None, "one JSON object, for machines"),
-        Flag("--html", "FILE", "write a page that shows the same, with where each token is from"),
+        Flag(
+            "--row", "N", "begin with the Nth row (1 is the first); without --n, show only that row"
+        ),
+        Flag("--n", "N", "show N rows (default: 3)"),
+        Flag("--source", "NAME", "show rows of one of dataset.sources"),
+        Flag("--eval", None, "show held-out rows instead of those that train"),
+        Flag("--set", "NAME", "show rows of one of dataset.eval.sets"),
+        Flag("--ids", None, "show the id after each token"),
+        Flag("--json", None, "print one JSON object, for programs"),
+        Flag("--html", "FILE", "write the same as a page, with the origin of each token"),
         TRUST,
     ),
     "  luthier preview recipe=quickstart --n 2\n"
