@@ -215,7 +215,7 @@ BROKEN = {
     "no thought": ("An instrument." + END, "does not begin as the template begins"),
     "nothing": (END, "does not begin as the template begins"),
     "an endless thought": ("<think>\nHm." + END, "it ends within its reasoning"),
-    "a second thought": (THOUGHTLESS + "a</think>b" + END, "writes this message otherwise"),
+    "a second thought": (THOUGHTLESS + "a</think>b" + END, "writes this message differently"),
 }
 
 

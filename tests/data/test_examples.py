@@ -51,7 +51,7 @@ def some_files(write, tmp_path):
         pytest.param(
             {"path": "none.jsonl", "on_bad_row": "drop"}, r"none\.jsonl:1", id="only-bad-rows"
         ),
-        pytest.param({"filter": "lang ="}, r"dataset\.filter is no filter expr", id="filter"),
+        pytest.param({"filter": "lang ="}, r"dataset\.filter is not a valid filter", id="filter"),
         pytest.param({"filter": "lang == 'en'"}, r"data\.jsonl:1: .*lang", id="filter-column"),
         pytest.param(
             {"sources": {"a": {"path": "data.jsonl"}}},

@@ -94,10 +94,10 @@ NOTES = {
     "lost, dropped": (["chat.on_lost=drop"], "dropped: message 1, field `tool_calls`"),
     "lost, kept": (["chat.on_lost=keep"], "trained, but not all of its text is shown: message 1"),
     "cut": (["chat.max_length=60"], "its first turns were removed, 1 reply among them"),
-    "too long": (["chat.max_length=60"], "dropped: the row makes"),
+    "too long": (["chat.max_length=60"], "dropped: the row has"),
     "too long, error": (
         ["chat.max_length=60", "chat.on_long=error"],
-        "training stops here: the row makes",
+        "training stops here: the row has",
     ),
 }
 

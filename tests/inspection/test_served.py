@@ -84,7 +84,7 @@ WAYS = {
     "date": ({"template": DATED, "date": "1999-01-01"}, ROWS,
              "the template writes today's date; the training had 1999-01-01"),
     "control tokens": ({}, [{"prompt": "<|im_end|>", "completion": "x"}],
-                       "a control token stands in the text"),
+                       "the text contains a control token"),
 }  # fmt: skip
 
 

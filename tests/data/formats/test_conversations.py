@@ -444,9 +444,9 @@ def test_the_tools_of_a_row(read, more, settings, tools):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"messages": "Hi"}, "'messages' is not the JSON text of a list of messages"),
+        ({"messages": "Hi"}, "'messages' must be the JSON text of a list of messages"),
         ({"messages": "[{'role': 'user'}]"}, "messages[0]: the content of this user message is"),
-        ({"messages": "[{'role': user}]"}, "'messages' is not the JSON text of a list"),
+        ({"messages": "[{'role': user}]"}, "'messages' must be the JSON text of a list"),
         ({"messages": '{"a": 1}'}, "'messages' is text of an object; expected a list"),
         ({"messages": None}, "'messages' is null; expected a list"),
         ({"messages": float("nan")}, "'messages' is NaN; expected a list"),
@@ -489,7 +489,7 @@ def test_the_tools_of_a_row(read, more, settings, tools):
             },
             "a reasoning part comes after other parts",
         ),
-        ({"messages": [{**REPLY, "tool_calls": "f()"}]}, "tool_calls is text that is no JSON"),
+        ({"messages": [{**REPLY, "tool_calls": "f()"}]}, "tool_calls must be the JSON text"),
         ({"messages": [{**REPLY, "tool_calls": [3]}]}, "tool_calls[0] is a number; expected an"),
         ({"messages": [{**REPLY, "tool_calls": [{"a": 1}]}]}, "names no function (it has: a)"),
         (
@@ -505,7 +505,7 @@ def test_the_tools_of_a_row(read, more, settings, tools):
             "messages[1]: weight is 0.5, and a message trains whole (1) or not at all (0)",
         ),
         ({"messages": [{**REPLY, "reasoning": 1}]}, "reasoning is a number"),
-        ({"messages": [USER], "tools": "[f]"}, "the tools ('tools') is text that is no JSON"),
+        ({"messages": [USER], "tools": "[f]"}, "the tools ('tools') must be the JSON text"),
         ({"messages": [USER], "tools": {"a": 1}}, "the tools ('tools') are an object"),
         ({"messages": [USER], "tools": [3]}, "the tools ('tools') hold a number"),
         ({"messages": [USER], "system": 3}, "'system' is a number; expected text"),
@@ -521,7 +521,7 @@ def test_the_tools_of_a_row(read, more, settings, tools):
         ({"conversations": [HUMAN, USER]}, "no from (it has: role, content); role and content"),
         (
             {"conversations": [HUMAN, {"from": "function_call", "value": "f(1)"}]},
-            "conversations[1]: the value of this call is not the JSON text of {",
+            "conversations[1]: the value of this call must be the JSON text of {",
         ),
         ({"instruction": "a", "output": None}, "'output' is null; expected text"),
         ({"instruction": "a", "output": "b", "input": 3}, "'input' is a number; expected text"),
@@ -731,7 +731,7 @@ def test_lists_that_python_printed_are_read(read):
     ids=["texts", "bytes", "set", "number as key", "code", "numpy", "deep", "cut", "escape"],
 )
 def test_what_python_printed_and_json_has_not_is_refused(read, text):
-    with pytest.raises(RowError, match="'messages' is not the JSON text of a list of messages"):
+    with pytest.raises(RowError, match="'messages' must be the JSON text of a list of messages"):
         read({"messages": text}, type="messages")
 
 
@@ -788,7 +788,7 @@ def test_every_row_with_messages_may_have_variables(read, form):
 
 WRONG_KWARGS = {
     "a list": ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' is a list; expected an"),
-    "text": ({"chat_template_kwargs": "off"}, "'chat_template_kwargs' is text that is no JSON"),
+    "text": ({"chat_template_kwargs": "off"}, "'chat_template_kwargs' must be the JSON text"),
     "a switch of text": ({"enable_thinking": "off"}, "'enable_thinking' is .*expected true or"),
     "a switch inside": ({"chat_template_kwargs": {"preserve_thinking": 2}},
                         "'chat_template_kwargs.preserve_thinking' is .*expected true or false"),

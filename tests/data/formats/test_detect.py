@@ -381,7 +381,7 @@ def test_two_columns_that_differ_in_case_alone_are_no_choice_of_ours(detect):
 
 @pytest.mark.parametrize("column", ["Context", "CHOICES"])
 def test_a_context_in_capitals_is_a_context(detect, column):
-    with pytest.raises(UserError, match=f"has {column!r} beside"):
+    with pytest.raises(UserError, match=f"has a column {column!r} besides"):
         detect({"Question": "a", "Answer": "b", column: "c"})
 
 

@@ -67,9 +67,9 @@ def test_a_bad_record_costs_itself_alone(write, read, line, problem):
         (
             "a;b\n1;2\n",
             {"delimiter": ","},
-            ["is one cell: a;b", """name it: 'dataset.options.delimiter=";"'"""],
+            ["is a single cell: a;b", """set it: 'dataset.options.delimiter=";"'"""],
         ),
-        ("a\tb\n1\t2\n", {"delimiter": ","}, ["name it: dataset.format=tsv"]),
+        ("a\tb\n1\t2\n", {"delimiter": ","}, ["set it: dataset.format=tsv"]),
         ('"a"x,b\n1,2\n', {}, ["a.csv:1: the header: this is not CSV"]),
         ("1,2\n", {"header": ["a", "a"]}, ["dataset.options.header: the name 'a' appears twice"]),
         ("", {}, ["a.csv is empty"]),
@@ -182,6 +182,8 @@ def test_a_row_without_an_end_is_an_error_with_its_place(write, read, monkeypatc
     name, content, options, where = ENDLESS[what]
     monkeypatch.setattr("luthier.data.sources.text.MAX_ROW_CHARS", 100_000)
     content = gzip.compress(content.encode()) if suffix else content
-    with pytest.raises(UserError, match=r"what begins here is longer than 100,000") as error:
+    with pytest.raises(
+        UserError, match=r"the row that begins here is longer than 100,000"
+    ) as error:
         read(write(name + suffix, content), options=options)
     assert where.replace(name, name + suffix) in str(error.value)

@@ -184,7 +184,7 @@ def parse_json_cell(text: str, what: str, expected: str) -> Any:
         return _parse_text(text)
     except ValueError as error:
         raise RowError(
-            f"{what} is not the JSON text of {expected}: {error} ({excerpt(text)})"
+            f"{what} must be the JSON text of {expected}: {error} ({excerpt(text)})"
         ) from None
 
 
