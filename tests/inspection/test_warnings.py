@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -112,16 +113,14 @@ def test_a_rule_warns_with_the_setting_that_mends_it(words, more, says, fix):
 
 
 def warnings_after_fix(warning, words, more):
-    """The warnings of the same setting that are left once the fix is typed.
+    """The warnings of the same setting that are left once the fix is pasted into a shell.
 
-    Only fixes whose effect follows from the config and the lengths are tried.
+    Facts that follow from the config and the lengths are made anew; others are left out.
     """
-    measured = {"lengths": more["lengths"]} if "lengths" in more else {}
-    if "model_fields" in more or not (measured or "learning_rate" in warning.fix):
-        return []
-    fixed = dict(word.split("=", 1) for word in warning.fix.split())
-    kept = [word for word in words if word.split("=")[0] not in fixed]
-    facts = facts_of([*kept, *warning.fix.split()], **measured)
+    typed = shlex.split(warning.fix)
+    fixed = {word.partition("=")[0] for word in typed}
+    kept = [word for word in words if word.partition("=")[0] not in fixed]
+    facts = facts_of([*kept, *typed], more.get("lengths"))
     return [each for each in find_warnings(facts) if each.key == warning.key]
 
 

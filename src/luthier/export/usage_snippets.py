@@ -286,6 +286,7 @@ def serving_notes(facts: ModelFacts, chat_format: ChatFormat, repository: str = 
         _experts_section(facts),
         _vllm_section(facts, chat_format, repository),
         _tgi_section(facts, repository),
+        _llama_cpp_section(facts),
         _ollama_section(facts, chat_format),
     ]
     return "\n\n".join(section.rstrip() for section in sections if section) + "\n"
@@ -374,6 +375,20 @@ def _tgi_section(facts: ModelFacts, repository: str) -> str:
         f"## TGI\n\n    text-generation-launcher --model-id {folder}\n\n"
         "It takes the template from the tokenizer and the stop tokens from "
         "generation_config.json."
+    )
+
+
+def _llama_cpp_section(facts: ModelFacts) -> str:
+    file = "merged.gguf" if facts.kind == "adapter" else "model.gguf"
+    convert = "luthier merge RUN --to gguf --llama-cpp llama.cpp"
+    if facts.kind != "adapter":
+        convert = f"python llama.cpp/convert_hf_to_gguf.py . --outfile {file}"
+    return (
+        "## llama.cpp\n\n"
+        "    git clone --depth 1 https://github.com/ggml-org/llama.cpp\n"
+        f"    {convert}\n"
+        f"    llama-server --jinja -m {file}\n\n"
+        "The file carries the chat template, which `--jinja` has the server use."
     )
 
 
