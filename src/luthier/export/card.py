@@ -217,8 +217,8 @@ def _usage_section(
     code = python_snippet(facts, stop_ids, has_template, repository)
     return (
         f"## How to use it\n\n```sh\n{requirements(facts)}\n```\n\n```python\n{code}\n```\n\n"
-        "EXPORT.md says how to serve it with vLLM, TGI, llama.cpp and Ollama, with the exact chat template "
-        "and stop tokens."
+        "EXPORT.md says how to serve it with vLLM, TGI, llama.cpp and Ollama, with the exact chat "
+        "template and stop tokens."
     )
 
 
