@@ -69,6 +69,28 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
     assert 'AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"' in python_of(text)
 
 
+EXAMPLES = {
+    "a held-out prompt": (
+        "Lunch at noon: who pays?",
+        True,
+        '"content": "Lunch at noon: who pays?"',
+    ),
+    "quotes": ('Say "no"', True, '"content": "Say \\"no\\"'),
+    "not wanted": ("Lunch at noon.", False, '"content": "Your question."'),
+    "a path": ("Read /home/me/notes.txt", True, '"content": "Your question."'),
+    "a secret": ("Use hf_" + "q" * 34, True, '"content": "Your question."'),
+    "none": ("", True, '"content": "Your question."'),
+}
+
+
+@pytest.mark.parametrize("prompt, is_shown, line", EXAMPLES.values(), ids=EXAMPLES)
+def test_the_python_asks_a_held_out_prompt(prompt, is_shown, line):
+    from luthier.export.model_facts import find_example
+
+    facts = make_facts(prompt=find_example({"example": prompt}) if is_shown else None)
+    assert line in python_snippet(facts, [2], has_template=True)
+
+
 @pytest.mark.parametrize(
     "told, lines",
     [
@@ -105,7 +127,7 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
         ),
         (
             make_facts(system="Be brief.", variables={"enable_thinking": False}),
-            ["    {\"role\": \"system\", \"content\": 'Be brief.'},",
+            ['    {"role": "system", "content": "Be brief."},',
              "    messages, add_generation_prompt=True, return_dict=True, return_tensors=\"pt\", "
              "enable_thinking=False"],
         ),

@@ -8,7 +8,12 @@ from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
 from luthier.infer.questions import read_questions
 from luthier.metrics import parse_metrics
-from luthier.train.evaluation import Patience, select_eval_prompts, set_best_model_metric
+from luthier.train.evaluation import (
+    Patience,
+    select_eval_prompts,
+    select_example,
+    set_best_model_metric,
+)
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}
@@ -170,3 +175,20 @@ def test_patience_passes_over_the_measures_of_other_sets():
     assert not control.should_training_stop
     patience.on_evaluate(args, state, control, {"eval_loss": 2.0})
     assert control.should_training_stop
+
+
+WHO, SYSTEM = {"role": "user", "content": "Who?"}, {"role": "system", "content": "Be brief."}
+SELF = {"role": "assistant", "content": "I."}
+EXAMPLES = {
+    "one message": ([[WHO]], "Who?"),
+    "behind a system prompt": ([[SYSTEM, WHO]], "Who?"),
+    "the first that is one": ([[WHO, SELF, WHO], [{**WHO, "content": "Why?"}]], "Why?"),
+    "none that is short": ([[{**WHO, "content": "a" * 401}]], ""),
+    "none at all": ([], ""),
+}
+
+
+@pytest.mark.parametrize("conversations, example", EXAMPLES.values(), ids=EXAMPLES)
+def test_the_example_of_a_card_is_a_short_held_out_prompt(conversations, example):
+    questions = [SimpleNamespace(messages=messages) for messages in conversations]
+    assert select_example([SimpleNamespace(questions=questions)]) == example

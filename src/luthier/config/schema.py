@@ -431,6 +431,8 @@ class CardConfig(StrictModel):
     """The languages of the model, such as `[en, de]`."""
     data_licenses: dict[str, str] = Field(default_factory=dict)
     """The licence of the rows, by a source's path or its name in `dataset.sources`."""
+    example: bool = True
+    """Whether the card shows a held-out prompt as an example."""
 
 
 class RunConfig(StrictModel):

@@ -27,7 +27,7 @@ from luthier.model.model_images import find_model_images
 from luthier.model.processor import IMAGE_PROCESSOR_FILES
 from luthier.python_code import split_python_path
 from luthier.record.record import read_record
-from luthier.redaction import HIDDEN, redact
+from luthier.redaction import HIDDEN, redact, redact_text
 from luthier.storage.atomic import write_json
 from luthier.storage.typed_files import load_json
 
@@ -208,6 +208,8 @@ class ModelFacts:
     seconds: float | None = None
     system: str | None = None
     """The system prompt that the rows were trained with, where it is one."""
+    prompt: str | None = None
+    """A held-out prompt, as an example."""
     variables: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template."""
     date: str | None = None
@@ -348,6 +350,7 @@ def _collect_run_facts(run: Path, config: RunConfig) -> dict[str, Any]:
         "hardware": _describe_hardware(record),
         "seconds": record.get("training_seconds"),
         "system": find_system_prompt(config.dataset),
+        "prompt": find_example(record) if config.card.example else None,
         "licence": config.card.license,
         "language": list(config.card.language),
         "has_plot": (run / "loss.png").is_file(),
@@ -388,6 +391,12 @@ def _leading_system(example: Mapping[str, Any]) -> str | None:
     messages = example.get("messages") or [{}]
     content = messages[0].get("content") if messages[0].get("role") == "system" else None
     return content if isinstance(content, str) else None
+
+
+def find_example(record: Mapping[str, Any]) -> str | None:
+    """Return the prompt that a card shows as an example; None where it is not for the public."""
+    prompt: str = record.get("example") or ""
+    return prompt if prompt and public_name(redact_text(prompt)) == prompt else None
 
 
 def _make_title(artifact: Artifact) -> str:

@@ -196,8 +196,9 @@ def _chat_lines(facts: ModelFacts) -> list[str]:
     else:
         lines = ["messages = ["]
         if facts.system:
-            lines.append(f'    {{"role": "system", "content": {facts.system!r}}},')
-        lines += ['    {"role": "user", "content": "Your question."},', "]"]
+            system = json.dumps(facts.system, ensure_ascii=False)
+            lines.append(f'    {{"role": "system", "content": {system}}},')
+        lines += [f'    {{"role": "user", "content": {_prompt(facts)}}},', "]"]
     # The variables shape every prompt (thinking on or off), so the snippet must pass them on.
     variables = "".join(f", {name}={value!r}" for name, value in facts.variables.items())
     # A processor only writes the text unless it is told otherwise, and a tokenizer encodes it.
@@ -211,6 +212,11 @@ def _chat_lines(facts: ModelFacts) -> list[str]:
     ]
 
 
+def _prompt(facts: ModelFacts) -> str:
+    """Return what the model is asked, as a literal of Python."""
+    return json.dumps(facts.prompt or "Your question.", ensure_ascii=False)
+
+
 def _image_messages(facts: ModelFacts) -> list[str]:
     """Return the lines of a conversation with an image, whose contents are lists of parts."""
     system = {"role": "system", "content": [{"type": "text", "text": facts.system}]}
@@ -219,7 +225,7 @@ def _image_messages(facts: ModelFacts) -> list[str]:
         *([f"    {json.dumps(system, ensure_ascii=False)},"] if facts.system else []),
         '    {"role": "user", "content": [',
         '        {"type": "image", "path": "picture.jpg"},',
-        '        {"type": "text", "text": "Your question."},',
+        f'        {{"type": "text", "text": {_prompt(facts)}}},',
         "    ]},",
         "]",
     ]
@@ -229,7 +235,7 @@ def _label_lines(facts: ModelFacts, has_template: bool) -> list[str]:
     if facts.method == "reward" and has_template:
         reading = [
             "messages = [",
-            '    {"role": "user", "content": "Your question."},',
+            f'    {{"role": "user", "content": {_prompt(facts)}}},',
             '    {"role": "assistant", "content": "The reply to judge."},',
             "]",
             "inputs = tokenizer.apply_chat_template(",

@@ -185,6 +185,8 @@ class RecordEntries(RecordModel):
     memory_plan: dict[str, float] = {}
     """What was planned for one process: `gib` of `room_gib`, for `rows` of `tokens`; empty where
     `activation_checkpointing` is not `auto`."""
+    example: str = ""
+    """A held-out prompt, for the model card."""
     launch: LaunchEntries = LaunchEntries()
     chat: SavedChatSettings | None = None
     trackers: dict[str, TrackedRun] = {}

@@ -197,7 +197,7 @@ def build_session(
         code = hash_code(config.model_dump(mode="json"))
         written = inputs | {"data": data_facts(prepared), "code": code}
         _record_inputs(record, written, trainer, launch, encoder)
-    reply_generator = _make_reply_generator(trainer_inputs, trainer, encoder)
+    reply_generator = _make_reply_generator(trainer_inputs, trainer, encoder, record)
     return TrainingSession(
         config=config,
         folder=folder,
@@ -223,8 +223,13 @@ def _check_launch(config: RunConfig, args: Any, architecture: Any, has_images: b
     check_packed_storage(config, args)
 
 
-def _make_reply_generator(inputs: TrainerInputs, trainer: Any, encoder: Any) -> ReplyGenerator:
-    """Return what answers the held-out rows of a run; UserError where that is not possible."""
+def _make_reply_generator(
+    inputs: TrainerInputs, trainer: Any, encoder: Any, record: RunRecord
+) -> ReplyGenerator:
+    """Return what answers the held-out rows of a run; UserError where that is not possible.
+
+    One of their prompts becomes an entry of `record`, for the model card.
+    """
     config, prepared = inputs.config, inputs.prepared
     prompts = make_eval_prompts(config, inputs.tokenizer, encoder)
     writes_replies = METHODS[config.trainer.base_method].writes_replies
@@ -232,6 +237,7 @@ def _make_reply_generator(inputs: TrainerInputs, trainer: Any, encoder: Any) -> 
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
     settings = config.trainer.evaluation
     prompt_sets = evaluation.select_eval_prompts(settings, rows)
+    record.entries["example"] = evaluation.select_example(prompt_sets)
     images = None
     if inputs.images is not None:
         images = evaluation.QuestionImages(inputs.images, prepared.read_image)

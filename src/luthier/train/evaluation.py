@@ -95,6 +95,24 @@ def select_eval_prompts(
     return prompt_sets
 
 
+_EXAMPLE_CHARS = 400
+"""A longer prompt is no example."""
+
+
+def select_example(prompt_sets: Sequence[EvalPrompts]) -> str:
+    """Return a prompt that shows how the trained model is asked, for its model card.
+
+    It is the first short one of the held-out rows that is a single message of the user; empty
+    where there is none.
+    """
+    for messages in (question.messages for each in prompt_sets for question in each.questions):
+        roles = [message["role"] for message in messages if message["role"] != "system"]
+        text = turn_text(messages[-1])
+        if roles == ["user"] and 0 < len(text) <= _EXAMPLE_CHARS:
+            return text
+    return ""
+
+
 def _check_scored(
     metrics: list[Metric], questions: list[Question], key: str, set_name: str
 ) -> None:
