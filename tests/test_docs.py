@@ -519,7 +519,7 @@ def test_the_migration_tables_answer_as_the_messages_do():
 
 
 OWN_DATA = {
-    "my_questions.csv": ("sft", "prompt_completion", 6),
+    "data/mine.csv": ("sft", "prompt_completion", 6),
     "my_chats.jsonl": ("sft", "messages", 3),
     "my_pairs.jsonl": ("dpo", "preference", 3),
     "my_photos.jsonl": ("sft", "messages", 2),
@@ -531,7 +531,7 @@ def files_on_the_page() -> dict[str, str]:
     """Return the content of each file that the page shows below its name."""
     page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
     blocks = re.split(r"```(?:csv|json)\n", page)
-    names = [re.findall(r"`(my_\w+\.(?:csv|jsonl))`", text)[-1] for text in blocks[:-1]]
+    names = [re.findall(r"`((?:data/)?\w+\.(?:csv|jsonl))`", text)[-1] for text in blocks[:-1]]
     return {name: text.partition("```")[0] for name, text in zip(names, blocks[1:], strict=True)}
 
 
@@ -540,6 +540,7 @@ def test_the_files_of_the_page_on_your_own_data_are_read_as_it_says(name, tmp_pa
     assert set(files_on_the_page()) == set(OWN_DATA)
     method, row_format, rows = OWN_DATA[name]
     monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
     Path(name).write_text(files_on_the_page()[name], encoding="utf-8")
     Path("photos").mkdir()
     for number in (1, 2):
