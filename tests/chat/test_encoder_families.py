@@ -210,7 +210,7 @@ def test_stop_tokens(source, ends, stops):
         (
             family.HEADLESS_PROMPT, [],
             [user("q"), bot("so", tool_calls=[call()]), tool("42"), bot("done")],
-            "no prefix", "closes the turn before it and opens none",
+            "no prefix", "closes the turn before it and opens no other",
         ),
         (
             family.ROLE_ENDS_STANDING_HEADER, ["<|user|>"], ASKED[:2], "lost", "does not show",

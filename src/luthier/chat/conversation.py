@@ -172,7 +172,7 @@ def _content_error(index: int, item: Any, takes_images: bool) -> ChatError:
     type_name = item.get("type") if isinstance(item, dict) else type(item).__name__
     if is_image_part(item) and not takes_images:
         problem = (
-            "the message has an image, and this model takes text alone; use a vision-language "
+            "the message has an image, and this model takes text only; use a vision-language "
             "model, or remove the image"
         )
     elif takes_images:

@@ -167,7 +167,7 @@ def image_count_error(
         description = (
             f"the chat template writes the image token ({placeholder}) {written} times up to this "
             f"message, where the messages have {images} image part{'s' * (images != 1)}, so it is "
-            "not known which stands for which; use a template that writes it for image parts alone"
+            "not known which belongs to which; use a template that writes it for image parts alone"
         )
     return ChatError(description, reason=LOST_IMAGE, message=origin.message, field=IMAGE_FIELD)
 

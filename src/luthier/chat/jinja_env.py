@@ -301,7 +301,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         """Call what the template calls; methods of plain strings keep the runs of arguments."""
         is_method = isinstance(__obj, BuiltinMethodType)
         if is_method and __obj.__name__ == "encode" and isinstance(__obj.__self__, TracedStr):
-            raise jinja2.TemplateError("`encode` makes bytes, in which texts cannot be followed")
+            raise jinja2.TemplateError("`encode` makes bytes, in which texts cannot be traced")
         plain_method = is_method and type(__obj.__self__) is str
         if plain_method and any(True for _ in iter_traced(args)):
             traced = with_runs(__obj.__self__, runs_of(__obj.__self__))

@@ -418,8 +418,8 @@ def _unwritten_turn_error(number: int) -> ChatError:
 def _headless_prompt_error(before: TracedStr, number: int) -> ChatError:
     return ChatError(
         f"the chat template's prompt for this reply ends in {str.__str__(before)!r}, which closes "
-        "the turn before it and opens none, so a model cannot answer there; put the messages "
-        "before it in another order, or use another template",
+        "the turn before it and opens no other, so a model cannot answer there; change the order "
+        "of the messages before it, or use another template",
         reason="no prefix",
         message=number,
     )

@@ -169,16 +169,16 @@ def _check_streamable(config: DatasetConfig) -> None:
     for name, source in config.sources.items():
         if source.repeats != int(source.repeats):
             raise UserError(
-                f"dataset.sources.{name}.repeats={source.repeats:g}: a stream is read whole times. "
-                "Give a whole number, or weights with dataset.mix=interleave."
+                f"dataset.sources.{name}.repeats={source.repeats:g}: a stream is read a whole "
+                "number of times. Give a whole number, or weights with dataset.mix=interleave."
             )
 
 
 def _images_error(row: LocatedExample) -> UserError:
     """The error for a row with images, whose bytes are read when it trains."""
     return UserError(
-        f"{row.where}: dataset.streaming=true keeps nothing of the rows, and the images of this "
-        "one are to be found again when it trains. Set dataset.streaming=false; only tokens and "
+        f"{row.where}: dataset.streaming=true stores nothing of the rows, but the images of this "
+        "one must be found again when it trains. Set dataset.streaming=false; only tokens and "
         "references to the images are then kept on disk, and images that no file of their own "
         "holds."
     )

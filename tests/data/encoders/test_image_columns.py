@@ -134,7 +134,7 @@ def test_an_image_in_a_judged_reply_is_refused():
     chosen = [{"type": "text", "text": "See"}, image("b")]
     with pytest.raises(ChatError) as error:
         encoder(PreferenceEncoder).encode([pair([user("q")], chosen)])
-    assert "chosen holds an image, and models that reply write text alone" in str(error.value)
+    assert "chosen holds an image, and models reply with text only" in str(error.value)
 
 
 def test_the_same_tokens_for_another_image_are_another_row():

@@ -186,7 +186,7 @@ def test_an_empty_source_is_left_out_and_an_empty_target_is_an_error(target):
 
 def test_a_target_needs_an_end_token():
     encoder = Seq2SeqEncoder(words(single="$A"), None, "turns")
-    with pytest.raises(UserError, match="names none"):
+    with pytest.raises(UserError, match="has none"):
         encoder.encode([{"source": "a", "target": "b"}])
 
 

@@ -224,8 +224,8 @@ WRONG = {
     "typed placeholders that no setting explains": (
         {"prompt": "<image>\nColour?", "completion": "Red.", "images": ["a"]},
         {},
-        "its texts hold <image> once, and it has 1 image, which would stand before the text. If "
-        "each stands for an image, set 'dataset.image_placeholder=\"<image>\"'",
+        "its texts hold <image> once, and it has 1 image, which would be placed before the "
+        "text. If each marks an image, set 'dataset.image_placeholder=\"<image>\"'",
     ),
     "more placeholders than images": (
         {"prompt": "<image><image>Same?", "completion": "Red.", "images": ["a"]},
@@ -256,7 +256,7 @@ WRONG = {
     "no user": (
         {"messages": [{"role": "assistant", "content": "Hi"}], "image": "a"},
         {},
-        "it has images and no message of a user that they could stand in",
+        "it has images and no message of a user that they could be placed in",
     ),
 }  # fmt: skip
 

@@ -232,7 +232,7 @@ def test_kept_columns_have_no_bytes(tmp_path):
 
 def test_a_stream_refuses_rows_with_images():
     config = DatasetConfig(path="sub/rows.jsonl", streaming=True)
-    with pytest.raises(UserError, match=r"sub/rows.jsonl:1: dataset.streaming=true keeps nothing"):
+    with pytest.raises(UserError, match=r"sub/rows.jsonl:1: dataset.streaming=true stores nothing"):
         open_stream(DatasetSources(config), lambda *_: PictureLetters())
 
 

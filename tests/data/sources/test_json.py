@@ -146,7 +146,7 @@ def test_a_bad_item_of_an_array_costs_itself_alone(write, read, block, item, pro
         ("a.json", f"[{GOOD}\n", ["a.json:2: expected ',' or ']'", "the file ends"]),
         ("a.json", f"[{GOOD},\n", ["a.json:2: this is not JSON: Expecting value"]),
         ("a.json", f'[{GOOD},\n{{"a": "bc', ["a.json:2: this is not JSON: Unterminated string"]),
-        ("a.json", f"[{GOOD}]\n{GOOD}", ["a.json:2: there is text behind the array's end"]),
+        ("a.json", f"[{GOOD}]\n{GOOD}", ["a.json:2: there is text after the end of the array"]),
         ("a.json", f"{{\n{GOOD}", ["a.json:1: this is not JSON"]),
         ("a.jsonl", "", ["a.jsonl is empty: it has no rows. Each row must be one JSON object"]),
         ("a.jsonl", "\n \n", ["a.jsonl is empty"]),

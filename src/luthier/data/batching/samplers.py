@@ -207,7 +207,7 @@ def repeat_stream(
             yield to_document(row)
         # An empty source would be read for ever.
         if not rows:
-            raise UserError("dataset: the stream holds no row to train on.")
+            raise UserError("dataset: the stream has no row to train on.")
 
 
 def shuffle_stream(rows: Iterable[Any], buffer: int, *seed: int) -> Iterator[Any]:

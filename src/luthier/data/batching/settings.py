@@ -58,7 +58,7 @@ def _refuse_strategies(args: TrainerArgs) -> None:
     sampling = args.train_sampling_strategy
     if sampling not in _SAMPLING_STRATEGIES:
         raise UserError(
-            f"trainer.args.train_sampling_strategy={sampling} is none of "
+            f"trainer.args.train_sampling_strategy={sampling} is not one of "
             f"{', '.join(_SAMPLING_STRATEGIES)}.\nTo balance batches better than group_by_length "
             "does, set trainer.args.packing=true."
         )

@@ -104,8 +104,8 @@ def add_end_token(frame: SpecialTokenFrame, tokenizer: Any) -> SpecialTokenFrame
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(
-            "trainer=seq2seq: a target needs an end token behind it, and the tokenizer names none "
-            "(eos_token). Set model.tokenizer to one that does, or add eos_token to its "
+            "trainer=seq2seq: each target needs an end token after it, and the tokenizer has none "
+            "(eos_token). Set model.tokenizer to one that has one, or add eos_token to its "
             "tokenizer_config.json."
         )
     if end in behind:
@@ -356,8 +356,8 @@ def _surrounding_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     behind = ids[start + len(alone) :]
     if not behind and tokenizer.eos_token_id is None:
         raise UserError(
-            "dataset: plain text needs an end token behind each document, and the tokenizer names "
-            "none (eos_token). Set model.tokenizer to one that does, or add eos_token to its "
+            "dataset: plain text needs an end token after each document, and the tokenizer has "
+            "none (eos_token). Set model.tokenizer to one that has one, or add eos_token to its "
             "tokenizer_config.json."
         )
     return ids[:start], behind or [tokenizer.eos_token_id]

@@ -184,9 +184,7 @@ class ReplyEncoder:
 
     def _fitted(self, example: Example, judged: ComparedReplies, number: int) -> ComparedReplies:
         """The example with as few turns less at the front of its prompt as make it fit."""
-        description = (
-            f"it makes {self._length(judged)} tokens, and chat.max_length is {self._limit}"
-        )
+        description = f"it has {self._length(judged)} tokens, and chat.max_length is {self._limit}"
         if self._on_long != "turns":
             return ComparedReplies(problem=("too long", description))
         best = ComparedReplies(
@@ -242,7 +240,7 @@ def _rewritten_reply_problem(name: str) -> RowProblem:
 
 def _image_in_reply_problem(name: str) -> RowProblem:
     description = (
-        f"{name} holds an image, and models that reply write text alone. Make the turns up to the "
+        f"{name} holds an image, and models reply with text only. Make the turns up to the "
         "image part of the prompt"
     )
     return "image in a reply", description

@@ -83,7 +83,7 @@ class RowFormat:
             raise RowError(f"{error}. To train it as JSON text, set {setting}") from None
         except TypedPlaceholderError as error:
             setting = format_override(f"{self.key}.image_placeholder", TYPED_PLACEHOLDER)
-            raise RowError(f"{error}. If each stands for an image, set {setting}") from None
+            raise RowError(f"{error}. If each marks an image, set {setting}") from None
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the examples, for JSON."""

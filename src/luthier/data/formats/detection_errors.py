@@ -84,8 +84,8 @@ def _hints(detection: DetectionInput) -> list[str]:
     if prompts and not columns & {*COMPLETION.aliases, "chosen", "completions"}:
         hints += [
             f"If {prompts[0]!r} is a prompt, it has no reply: there is nothing to train.",
-            "A model that learns from its own answers (trainer=grpo, rloo) takes prompts alone: "
-            f"{detection.key}.type=prompt",
+            "A model that learns from its own answers (trainer=grpo, rloo) takes prompts without "
+            f"replies: {detection.key}.type=prompt",
         ]
     replies = [name for name in COMPLETION.aliases if name in columns]
     replies_are_json = replies and any(

@@ -224,7 +224,7 @@ def _check_no_placeholders(example: Mapping[str, Any], images: int) -> None:
     if sum(text.count(TYPED_PLACEHOLDER) for text in texts) == images:
         raise TypedPlaceholderError(
             f"its texts hold {TYPED_PLACEHOLDER} {_times(images)}, and it has {images} "
-            f"{_images(images)}, which would stand before the text"
+            f"{_images(images)}, which would be placed before the text"
         )
 
 
@@ -240,7 +240,7 @@ def _put_first(example: dict[str, Any], count: int) -> None:
                 texts = [{"type": "text", "text": content}]
             message["content"] = [*({"type": "image"} for _ in range(count)), *texts]
             return
-    raise RowError("it has images and no message of a user that they could stand in")
+    raise RowError("it has images and no message of a user that they could be placed in")
 
 
 def _fill(empty: list[dict[str, Any]], values: list[UnreadImage], columns: ColumnMapping) -> None:

@@ -136,7 +136,7 @@ def _describe_open_quote(file: DataFile, where: str, options: CsvOptions) -> str
     """Return the text for a quote that swallows the rest of the file."""
     return (
         f"dataset: {where}: a cell opens with {options.quotechar} here and is not closed before "
-        "the file ends. Close it, double it if it is meant as text, or, where quotes are plain "
+        "the file ends. Close it, double it if it is meant as text, or, if quotes are plain "
         f"characters, set {file.options_key}.quotechar=null."
     )
 

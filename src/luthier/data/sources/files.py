@@ -177,7 +177,7 @@ def _check_web_file(path: str, storage: dict[str, Any]) -> WebFile:
     unknown = sorted(set(storage) - {"headers"})
     if unknown:
         raise UserError(
-            f"dataset.options.storage.{unknown[0]}: {path.split(':')[0]} takes headers alone, "
+            f"dataset.options.storage.{unknown[0]}: {path.split(':')[0]} takes only headers, "
             "such as {headers: {Authorization: Bearer ...}}."
         )
     headers = tuple((str(key), str(value)) for key, value in storage.get("headers", {}).items())

@@ -284,7 +284,7 @@ def _rows_of_array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
             raise window.broken("expected ',' or ']' here")
     window.step()
     if window.upcoming():
-        raise window.broken("there is text behind the array's end")
+        raise window.broken("there is text after the end of the array")
 
 
 def _unwrap_rows(file: DataFile, rows: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
