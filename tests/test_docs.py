@@ -143,6 +143,11 @@ def generation_names() -> frozenset[str]:
     return frozenset(vars(GenerationConfig())) | {"batch_size", "metrics", "quantization"}
 
 
+def is_readers(name: str) -> bool:
+    """Tell whether a recipe of a page is one that its reader writes."""
+    return name == "mine" or name.startswith("my_")
+
+
 def wrong_override(word: str, with_generation: bool) -> str | None:
     """Return what is wrong with `key=value`, or None."""
     match = OVERRIDE.match(word)
@@ -155,7 +160,7 @@ def wrong_override(word: str, with_generation: bool) -> str | None:
         return None
     options = [value for value in values.split(",") if not is_placeholder(value)]
     if key == "recipe":
-        missing = [name for name in options if name not in RECIPES and name != "mine"]
+        missing = [name for name in options if name not in RECIPES and not is_readers(name)]
         return f"there is no recipe {missing[0]}" if missing else None
     if key in GROUPS:
         have = {path.stem for path in (ROOT / "conf" / key).glob("*.yaml")}
@@ -250,6 +255,7 @@ EXAMPLES = (
     "~",
     "my",
     "recipes/mine",
+    "recipes/my",
     "rows.",
     "replies.",
     "runs/",
@@ -262,7 +268,7 @@ def is_an_example(text: str) -> bool:
     """Tell a file of the reader: `~/data/train.csv`, `rows.jsonl`, `my_metrics.py`."""
     name = text.split(" ", 1)[1]
     return (
-        name.startswith(("~", "my", "recipes/mine", "rows.", "replies.", "runs/", "data/"))
+        name.startswith(("~", "my", "recipes/my", "rows.", "replies.", "runs/", "data/"))
         or "*" in name
     )
 
