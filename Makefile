@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 # Linux without an NVIDIA driver; macOS has one build for all.
 CPU_TORCH := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null && echo yes)
-DOWNLOAD := $(if $(or $(CPU_TORCH),$(filter Darwin,$(shell uname -s))),0.5 GB to download,\
-  0.5 GB to download and torch's CUDA libraries, which are some GB more); 2 GB on disk
+DOWNLOAD := 0.5 GB to download, 2 GB on disk$(if $(CPU_TORCH)$(filter Darwin,$(shell uname -s)),,, and \
+  torch's CUDA libraries, some GB more)
 
 # Two workers with one thread each: more would only wait for each other on a small machine.
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
