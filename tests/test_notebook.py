@@ -146,6 +146,7 @@ def check_what_a_run_gives(run):
     assert repr(run) == f"Run('{run.folder}', finished)"
     assert "eval_loss" in run._repr_html_() and "data:image/png" in run._repr_html_()
     assert run.report.startswith(str(run.folder)) and "bfloat16" in run.report
+    assert run.report.html.startswith("<!doctype html>") and "<iframe" in run.report._repr_html_()
     preview = run.preview(2, first=3)
     assert "row 3" in repr(preview) and "row 5" not in repr(preview)
     assert "<iframe srcdoc=" in preview._repr_html_() and "trained control token" in preview.html

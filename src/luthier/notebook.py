@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Setting = str | Mapping[str, Any]
 """A setting as on the command line (`lora.r=8`), or several as a mapping (`{"lora.r": 8}`)."""
-_PREVIEW_HEIGHT = 480
+_PREVIEW_HEIGHT, _REPORT_HEIGHT = 480, 720
 _STYLE = "border-collapse:collapse;margin:.5em 0"
 
 
@@ -217,11 +217,15 @@ class Run:
         return _as_frame(load_json_lines(file, dict[str, Any]) if file.is_file() else [])
 
     @property
-    def report(self) -> str:
-        """What `luthier show` prints of the run."""
+    def report(self) -> "RunReport":
+        """What `luthier show` prints of the run; in a notebook its page (`luthier report`).
+
+        `run.report.html` is that page.
+        """
         from luthier.cli.show import make_page, print_page
 
-        return _printed(lambda console: print_page(self.folder, make_page(self.folder), console))
+        text = _printed(lambda console: print_page(self.folder, make_page(self.folder), console))
+        return RunReport(text, self.folder)
 
     def llm(self, **options: Any) -> "LLM":
         """Return the trained model, to be asked within a block; it is loaded as the block begins.
@@ -275,6 +279,29 @@ class Run:
         return f"<div>{head}{table}{_image(self.folder / 'loss.png')}</div>"
 
 
+class RunReport(str):
+    """The text of a run's report, with its page."""
+
+    def __new__(cls, text: str, folder: Path) -> "RunReport":
+        """Take the text, and the folder of the run."""
+        report = super().__new__(cls, text)
+        report._folder = folder
+        return report
+
+    _folder: Path
+
+    @property
+    def html(self) -> str:
+        """The page as it is now, as `luthier report` writes it."""
+        from luthier.report.run_files import read_run_files
+        from luthier.report.run_report import render_report
+
+        return render_report(read_run_files(self._folder))
+
+    def _repr_html_(self) -> str:
+        return _in_frame(self.html, _REPORT_HEIGHT)
+
+
 class Preview:
     """Rows as tokens: coloured in a notebook, marked when printed."""
 
@@ -290,10 +317,7 @@ class Preview:
 
     def _repr_html_(self) -> str:
         """Return the page in a frame: its style and its script stay away from the notebook's."""
-        return (
-            f'<iframe srcdoc="{escape(self.html, quote=True)}" sandbox="allow-scripts" '
-            f'style="width:100%;height:{_PREVIEW_HEIGHT}px;border:0;resize:vertical"></iframe>'
-        )
+        return _in_frame(self.html, _PREVIEW_HEIGHT)
 
     def __repr__(self) -> str:
         from luthier.inspection.render import print_legend, print_sequence
@@ -305,6 +329,14 @@ class Preview:
                 print_sequence(console, row, self._view.pad, self._ids)
 
         return _printed(print_rows)
+
+
+def _in_frame(html: str, height: int) -> str:
+    """Return a page in a frame of so many pixels, out of which its scripts cannot reach."""
+    return (
+        f'<iframe srcdoc="{escape(html, quote=True)}" sandbox="allow-scripts" '
+        f'style="width:100%;height:{height}px;border:0;resize:vertical"></iframe>'
+    )
 
 
 def _as_frame(rows: list[dict[str, Any]]) -> Any:

@@ -14,7 +14,7 @@ _MAX_CHARTS, _FIRST_CHARTS = 48, 8
 REPORT_STYLE = """
 main { max-width: 68rem }
 .top p { font-size: 1rem; max-width: 52rem; overflow-wrap: anywhere }
-.from { color: var(--faint); font-size: .85rem }
+.top p.from, p.from { color: var(--faint); font-size: .85rem }
 .state { font-size: .8rem; font-weight: 600; padding: .15rem .6rem; border-radius: 1rem;
   border: 1px solid currentColor; color: var(--note); white-space: nowrap }
 .state.finished { color: var(--good) } .state.failed, .state.killed { color: var(--bad) }

@@ -173,7 +173,7 @@ def _tile(result: Result) -> str:
 
 def describe_change(result: Result) -> str:
     """Return by how much a result changed, as HTML whose colour says whether that is good."""
-    if result.before is None or result.after is None:
+    if result.before is None or result.after is None or result.before == result.after:
         return ""
     change = result.after - result.before
     sign = "+" if change >= 0 else "−"
