@@ -94,7 +94,9 @@ def _forwarded_signals() -> Iterator[list[int]]:
             except psutil.Error:  # it has just ended
                 continue
 
-    handlers = {number: signal.signal(number, forward) for number in _SIGNALS}
+    # What is ignored, as nohup has SIGHUP, stays so here and in the processes.
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, forward) for number in heard}
     try:
         yield sent
     finally:
