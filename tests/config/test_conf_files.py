@@ -36,7 +36,8 @@ def name(path):
 def commands(text):
     """The overrides of each command in a text."""
     text = re.sub(r" *\\\n(# )? *", " ", text)  # a command may go on in the next line
-    found = re.findall(r"(?:python|accelerate launch) train\.py ([^\n`#]+)", text)
+    start = r"(?:(?:python|accelerate launch) train\.py|luthier (?:train|launch))"
+    found = re.findall(rf"{start} ([^\n`#]+)", text)
     for line in found:
         words = shlex.split(re.split(r"\s{3,}", line)[0])
         if "NAME" not in line and "..." not in line and not line.startswith("-"):
@@ -81,7 +82,10 @@ def test_a_file_opens_with_what_it_is_what_it_needs_and_the_command(path):
     assert re.fullmatch(r"# \S.{5,97}[.?]", lines[0]) or path.stem == "config"
     if path.stem != "config" and path.parent.parent.name != "hydra":
         assert lines[1].startswith("# Needs: ")
-        command = ("# Command: python train.py ", "# Command: accelerate launch ")
+        command = tuple(
+            f"# Command: {start} "
+            for start in ("python train.py", "accelerate launch", "luthier train", "luthier launch")
+        )
         assert any(line.startswith(command) for line in lines[2:4])
 
 

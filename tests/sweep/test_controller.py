@@ -113,7 +113,7 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(tmp_path, sweep_here, cap
     assert alive(tmp_path) == []
     assert not any(psutil.pid_exists(pid) for pid in orphans)
     assert states(folder) == ["interrupted", "interrupted"]
-    assert "go on with  python train.py -m recipe=quickstart" in shown(folder, capsys)
+    assert "To resume: luthier train -m recipe=quickstart" in shown(folder, capsys)
     sweep_here(*words, act={"steps": 8})
     assert states(folder) == ["finished", "finished"]
 

@@ -50,7 +50,7 @@ def test_the_recipe_is_the_trial(tmp_path, monkeypatch, words, params):
     assert found == wanted
     lines = path.read_text().splitlines()
     assert lines[0] == "# The best of 6 trials: eval_loss 0.5 (trial 003)."
-    assert lines[2].startswith("# Command: LUTHIER_RECIPES=o/recipes python train.py recipe=")
+    assert lines[2].startswith("# Command: LUTHIER_RECIPES=o/recipes luthier train recipe=")
     assert all("  # " in line for line in lines[4:] if line.strip() and not line.endswith(":"))
 
 

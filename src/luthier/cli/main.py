@@ -74,7 +74,7 @@ COMMANDS = {
     ),
     "runs": Command(
         "runs [FOLDER]",
-        "the runs and sweeps that are here, the newest first",
+        "the runs and sweeps here, the newest first",
         "luthier.cli.runs:run",
     ),
     "show": Command("show RUN", "what made a run, and what came out", "luthier.cli.show:run"),

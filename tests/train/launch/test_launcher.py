@@ -174,7 +174,7 @@ STARTED = {
         "luthier launch --config x b=2 'c=[1]'",
     ),
     "a process of a rank": (
-        ["luthier train"], None, {**OWN, "process": 1, "typed": ["luthier", "launch"]},
+        ["luthier train"], None, {**OWN, "process": -1, "typed": ["luthier", "launch"]},
         "luthier train b=2 'c=[1]'",
     ),
 }  # fmt: skip
