@@ -150,22 +150,11 @@ SAME_NAMES = {
     "trust_remote_code": "model.trust_remote_code",
     "tokens": "model.add_tokens",
     "lora_alpha": "lora.lora_alpha",
-    "lora_fan_in_fan_out": "lora.fan_in_fan_out",
-    "lora_rank_pattern": "lora.rank_pattern",
-    "lora_alpha_pattern": "lora.alpha_pattern",
-    "lora_exclude_modules": "lora.exclude_modules",
-    "lora_target_parameters": "lora.target_parameters",
-    "peft_layers_pattern": "lora.layers_pattern",
-    "peft_trainable_token_indices": "lora.trainable_token_indices",
     "use_rslora": "lora.use_rslora",
     "use_dora": "lora.use_dora",
     "oft_block_size": "lora.oft_block_size",
     "module_dropout": "lora.module_dropout",
-    "wandb_run_id": "tracker.wandb.id",
     "wandb_mode": "tracker.wandb.mode",
-    "mlflow_run_name": "tracker.mlflow.name",
-    "trackio_project_name": "tracker.trackio.project",
-    "trackio_space_id": "tracker.trackio.space_id",
 }
 """Keys that are no mistake of anybody's in a recipe, because a group has the same name, or that
 name another thing elsewhere -> our key; the others are in `luthier.config.foreign_settings`."""
