@@ -36,6 +36,7 @@ COMMAND_LINE = CommandLine(
         Flag("--name", "NAME", "what requests call the model; without it the folder's name"),
         Flag("--allowed-host", "NAME", "more names that requests may call this host, with commas"),
         Flag("--allowed-origin", "URL", "web pages whose scripts may ask (CORS), with commas"),
+        Flag("--batch", "N", "write up to N replies side by side, greedily (1: one at a time)"),
         Flag("--max-waiting", "N", "requests that may wait for their turn (32)"),
         Flag("--max-body", "N", "the largest request, in MiB (4; 32 if the model reads images)"),
         Flag("--max-image-size", "N", "the largest file of an image, in MiB (20)"),
@@ -52,7 +53,7 @@ COMMAND_LINE = CommandLine(
 )
 _SERVER = ("starlette", "uvicorn")
 _OWN_FLAGS = (
-    *("--allowed-host", "--allowed-origin", "--max-waiting", "--max-body", "--timeout"),
+    *("--allowed-host", "--allowed-origin", "--batch", "--max-waiting", "--max-body", "--timeout"),
     *("--max-image-size", "--max-image-pixels", "--allow-image-urls"),
 )
 """Flags that vLLM's server has not."""
@@ -141,6 +142,10 @@ def _transformers(typed: "ModelArguments", parsed: ParsedArguments) -> int:
     from luthier.infer.server import check_server_settings, make_server
 
     check_server_settings(typed.generation)
+    if parsed.numbers.get("--batch", 1) > 1:
+        from luthier.infer.batch_writer import check_batch_settings
+
+        check_batch_settings(typed.generation)
     host, port = _address(parsed)
     # uvicorn would report a taken port only after the model is loaded.
     _check_free(host, port)
@@ -169,6 +174,7 @@ def _limits(parsed: ParsedArguments) -> "ServerLimits":
     limits, numbers = ServerLimits(), parsed.numbers
     images = limits.images
     return ServerLimits(
+        batch=numbers.get("--batch", limits.batch),
         waiting=parsed.numbers.get("--max-waiting", limits.waiting),
         reply_seconds=parsed.numbers.get("--timeout", limits.reply_seconds),
         body_bytes=numbers["--max-body"] * 2**20 if "--max-body" in numbers else None,

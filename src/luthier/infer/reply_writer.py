@@ -66,7 +66,7 @@ class ReplyWriter:
         """`seconds`: the longest time that a reply may take."""
         self._llm, self._seconds = llm, seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reply")
-        self._waiting: set[_LoopQueue] = set()
+        self._waiting: set[LoopQueue] = set()
 
     def close(self) -> None:
         """End all replies with an error, because the server ends."""
@@ -125,21 +125,14 @@ class ReplyWriter:
     ) -> AsyncGenerator[int]:
         """Yield the ids of a reply as they come, once it is its turn."""
         loop = asyncio.get_running_loop()
-        tokens, stopped = _LoopQueue(loop), threading.Event()
+        tokens, stopped = LoopQueue(loop), threading.Event()
         self._waiting.add(tokens)
         self._thread.submit(self._write_tokens, prompt, config, tokens, stopped, seed)
         try:
             # The time that a reply may take begins with its turn.
             await tokens.get(None)
-            deadline = loop.time() + self._seconds
-            while (token := await tokens.get(deadline - loop.time())) is not None:
+            async for token in read_tokens(tokens, self._seconds, loop.time() + self._seconds):
                 yield token
-        except TimeoutError:
-            raise ApiError(
-                f"The reply was not complete within {self._seconds} s, and was stopped.",
-                code="timeout",
-                status=504,
-            ) from None
         finally:
             stopped.set()
             self._waiting.discard(tokens)
@@ -148,7 +141,7 @@ class ReplyWriter:
         self,
         prompt: RequestPrompt,
         config: Any,
-        tokens: "_LoopQueue",
+        tokens: "LoopQueue",
         stopped: threading.Event,
         seed: int | None,
     ) -> None:
@@ -188,7 +181,7 @@ def _as_list(stops: Any) -> list[str]:
     return [stops] if isinstance(stops, str) else list(stops or ())
 
 
-class _LoopQueue:
+class LoopQueue:
     """A queue that another thread fills and a coroutine reads."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -214,3 +207,20 @@ class _LoopQueue:
         if isinstance(token, BaseException):
             raise _writing_error(token)
         return token
+
+
+async def read_tokens(tokens: LoopQueue, seconds: float, deadline: float) -> AsyncGenerator[int]:
+    """Yield the ids of a reply until its end; ApiError where it takes longer than `seconds`.
+
+    `deadline` is a time of the running loop.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        while (token := await tokens.get(deadline - loop.time())) is not None:
+            yield token
+    except TimeoutError:
+        raise ApiError(
+            f"The reply was not complete within {seconds} s, and was stopped.",
+            code="timeout",
+            status=504,
+        ) from None

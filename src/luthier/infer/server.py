@@ -71,6 +71,8 @@ class ServerLimits:
 
     waiting: int = 32
     """Requests that wait while a reply is written; more are refused with 503."""
+    batch: int = 1
+    """Replies that are written side by side."""
     reply_seconds: int = 600
     """The longest time that one reply may take."""
     body_bytes: int | None = None
@@ -99,6 +101,13 @@ def make_server(
 
     class ReplyServer(uvicorn.Server):
         """A server that ends the replies that are being written when it is told to end."""
+
+        def run(self, sockets: Any = None) -> None:
+            """Serve until told to end; a server that cannot begin ends its threads, too."""
+            try:
+                super().run(sockets)
+            finally:
+                model_server.close()
 
         async def shutdown(self, sockets: Any = None) -> None:
             """End all replies and connections."""
@@ -175,7 +184,7 @@ class ModelServer:
         self._prompts = RequestPrompts(llm, self._context, limits.images)
         default_bytes = BODY_BYTES_WITH_IMAGES if llm.reads_images else BODY_BYTES
         self._body_bytes = limits.body_bytes or default_bytes
-        self._writer = ReplyWriter(llm, limits.reply_seconds)
+        self._writer = make_writer(llm, limits)
         self._open_requests = 0
 
     def close(self) -> None:
@@ -258,10 +267,12 @@ class ModelServer:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         """Count a request within the block; raises ApiError where too many wait."""
-        if self._open_requests > self._limits.waiting:
+        batch = self._limits.batch
+        if self._open_requests >= self._limits.waiting + batch:
+            at_a_time = "one reply is" if batch == 1 else f"{batch} replies are"
             text = (
                 f"The server is busy: {self._open_requests} requests are being answered or wait, "
-                "one reply is written at a time. Try again later."
+                f"{at_a_time} written at a time. Try again later."
             )
             raise ApiError(text, code="overloaded", status=503)
         self._open_requests += 1
@@ -269,6 +280,15 @@ class ModelServer:
             yield
         finally:
             self._open_requests -= 1
+
+
+def make_writer(llm: LLM, limits: ServerLimits) -> ReplyWriter:
+    """Return what writes replies, one at a time or side by side."""
+    if limits.batch == 1:
+        return ReplyWriter(llm, limits.reply_seconds)
+    from luthier.infer.batch_writer import BatchWriter
+
+    return BatchWriter(llm, limits.reply_seconds, limits.batch)
 
 
 def check_server_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
