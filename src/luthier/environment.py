@@ -1,9 +1,12 @@
-"""Libraries that keep to themselves what is nothing that a user could mend."""
+"""What the libraries read from the environment, and what they print that no user can act on."""
 
 import logging
 import os
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
+
+from luthier.terminal import hide_bars, shows_bars
 
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
@@ -16,6 +19,22 @@ def quiet_bitsandbytes() -> None:
     """Keep bitsandbytes from telling of its kernels; call it before it is imported."""
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def hide_progress_bars() -> None:
+    """Turn off the bars of all libraries, also of those that are imported already."""
+    hide_bars()
+    for variable in (
+        "TQDM_DISABLE",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    ):
+        os.environ.setdefault(variable, "1")
+    # They read their variables when they are imported.
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def quiet_libraries() -> None:
@@ -46,6 +65,8 @@ def set_environment(config: "RunConfig") -> None:
     if config.deterministic:
         settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     os.environ |= settings
+    if config.trainer.args.disable_tqdm or not shows_bars() or os.environ.get("RANK", "0") != "0":
+        hide_progress_bars()
     quiet_bitsandbytes()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|trl\.|peft\.")
     # Waiting threads that spin would starve every other process on the machine.

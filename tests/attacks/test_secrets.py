@@ -444,7 +444,7 @@ def test_a_run_with_trackers_leaves_no_secret_anywhere(forks, tiny, guarded, lut
     assert config["dataset"]["path"].endswith("?sig=(hidden)")
     # The finished run is found again, and shown.
     assert forks.run(tiny, *line, **environment) == 0
-    assert "holds this run, finished" in said(tiny)
+    assert "This run is finished already" in said(tiny)
     code, out, err = luthier("show", run)
     assert code == 0 and CANARY not in out + err
     code, out, err = luthier("reproduce", run, "--trust")

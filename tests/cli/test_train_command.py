@@ -170,4 +170,4 @@ def test_an_interruption_is_said_in_words(capsys):
         raise KeyboardInterrupt
 
     assert main(interrupted, ["recipe=quickstart"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "Run the same command to resume." in capsys.readouterr().err

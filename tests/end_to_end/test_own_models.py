@@ -104,7 +104,7 @@ def test_a_model_that_a_function_loads_trains_goes_on_merges_and_answers(forks, 
         config["trainer"].pop(setting, None)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert forks.run(own, *words) == 0, said(own)
-    assert "goes on from" in said(own)
+    assert "resuming at step" in said(own)
     assert weights(run) == before
     # Nothing of it runs on the word of a run's folder.
     refused = luthier(own, "merge", "lora")

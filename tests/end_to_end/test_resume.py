@@ -33,7 +33,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(forks, tiny, w
     newest.write_bytes(newest.read_bytes()[:-100])
     assert forks.run(tiny, *line) == 0
     assert "checkpoint-6 is not used: optimizer.pt has" in said(tiny)
-    assert "goes on from damaged/checkpoints/checkpoint-4" in said(tiny)
+    assert "resuming at step 4 instead, from damaged/checkpoints/checkpoint-4" in said(tiny)
     assert record(run)["sessions"][-1]["from_step"] == 4
     assert weights(run) == weights(whole)
     assert metrics(run) == metrics(whole)
@@ -50,16 +50,16 @@ HEALED = {
             spoil(run / "metrics.jsonl", lambda lines: [*lines[:2], "{garbage\n", *lines[3:]]),
             (run / "before.json").unlink(),
         ),
-        ("metrics.jsonl was damaged, and was put back from checkpoint-6",
-         "before.json was missing, and was put back from checkpoint-6"),
+        ("metrics.jsonl was damaged and has been restored from checkpoint-6",
+         "before.json was missing and has been restored from checkpoint-6"),
     ),
     "a changed digit of metrics, half a first measurement": (
         lambda run: (
             spoil(run / "metrics.jsonl", lambda lines: [line.replace("7", "8") for line in lines]),
             (run / "before.json").write_text((run / "before.json").read_text()[:40]),
         ),
-        ("metrics.jsonl was damaged, and was put back from checkpoint-6",
-         "before.json was damaged, and was put back from checkpoint-6"),
+        ("metrics.jsonl was damaged and has been restored from checkpoint-6",
+         "before.json was damaged and has been restored from checkpoint-6"),
     ),
     "no metrics, a file where the next checkpoint goes": (
         lambda run: (
@@ -67,7 +67,7 @@ HEALED = {
             (run / "checkpoints" / "checkpoint-8").write_text("not a checkpoint"),
             (run / "checkpoints" / ".checkpoint-8.old").write_text("not a checkpoint"),
         ),
-        ("metrics.jsonl was missing, and was put back from checkpoint-6",),
+        ("metrics.jsonl was missing and has been restored from checkpoint-6",),
     ),
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_a_damaged_first_measurement_is_made_again_before_the_first_step(forks, 
     file.write_text(file.read_text().replace("results", "rezults"))
     assert forks.run(tiny, *line) == 0
     assert "before.json: results is missing" in said(tiny)
-    assert "Nothing was trained yet, so it is measured again." in said(tiny)
+    assert "Nothing was trained yet, so the start is measured again." in said(tiny)
     assert weights(run) == weights(whole)
     assert metrics(run) == metrics(whole)
 
@@ -138,7 +138,7 @@ def test_a_moved_run_goes_on_with_other_logging_and_says_so(forks, tiny, whole):
 
 
 LONGER = {
-    "rates that do not follow": ("constant", "goes on from step 8 to its new end"),
+    "rates that do not follow": ("constant", "resumes at step 8 and trains to its new end"),
     "rates that follow": ("cosine", "the learning rate is that of a run of the new length"),
 }
 
@@ -162,7 +162,7 @@ def test_a_finished_run_becomes_longer(forks, tiny, how):
         assert weights(run) == weights(tiny / "at-once")
     # It cannot become shorter than it is.
     assert forks.run(tiny, *short) == 2
-    assert "the run is at step 12 already" in said(tiny)
+    assert "this run has taken 12 steps already" in said(tiny)
 
 
 def swap(path, old, new):

@@ -49,7 +49,7 @@ def test_a_stopped_run_goes_on_exactly_where_no_checkpoints_are_asked_for(forks,
     # In the middle of accumulation, and in a step that writes no line of metrics.
     assert forks.run(tiny, *line, signals=[(STEP, 9, signal.SIGTERM)]) == 75
     check_stopped(run, 5, "SIGTERM")
-    assert "the same command goes on" in said(tiny)
+    assert "Run the same command to resume." in said(tiny)
     # A second time, in the last step: its weights are measured by the next start.
     assert forks.run(tiny, *line, signals=[(STEP, 6, signal.SIGINT)]) == 75
     check_stopped(run, 8, "SIGINT")

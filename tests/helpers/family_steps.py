@@ -415,7 +415,7 @@ def resume(run):
     (part / "run.json").write_text(json.dumps(record | {"status": "running"}))
     run.lora("resumed", "trainer.args.save_strategy=steps", "trainer.args.save_steps=2",
              "trainer.args.activation_checkpointing=false")  # fmt: skip
-    check("goes on from" in run.said, "it did not go on from the checkpoint")
+    check("resuming at step" in run.said, "it did not go on from the checkpoint")
     first, second = tensors(whole / "model"), tensors(part / "model")
     differ = [name for name in first if not torch.equal(first[name], second[name])]
     check(not differ and first, f"differ: {differ[:3]}")

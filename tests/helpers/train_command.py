@@ -134,7 +134,7 @@ def weights(run):
     return {path.name: path.read_bytes() for path in sorted((run / "model").glob("*.safetensors"))}
 
 
-TIMES = ("_runtime", "_per_second", "_time")
+TIMES = ("_runtime", "_per_second", "_time", "memory_gib")
 
 
 def metrics(run):

@@ -113,7 +113,7 @@ def test_a_changed_folder_is_told_by_its_first_row(luthier, saved):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["{tiny}", "--served"], "and this is no run's folder"),
+        (["{tiny}", "--served"], "and this is not a run's folder"),
         (["--served"], "luthier check --served takes one run"),
         (["./none", "--served"], "model=none: there is no such folder"),
         (["{tiny}", "--served", "--png", "x"], "--served draws nothing"),

@@ -57,7 +57,7 @@ def reds(path):
 
 @pytest.mark.parametrize(
     "max_length, least, most",
-    [(None, 0, 0), (200, 400, 5000), (250, 400, 5000), (30_000, 20, 300)],
+    [(None, 0, 0), (200, 400, 5000), (250, 400, 5000), (30_000, 0, 0)],
     ids=["none", "inside", "beside", "far off"],
 )
 def test_the_limit_is_marked_where_it_is_near(max_length, least, most, tmp_path):
@@ -106,7 +106,26 @@ def test_images_are_counted_in_the_title(tmp_path, monkeypatch):
     for images in (0, 1200):
         numbers = DataNumbers(np.array([3, 5]), 4, images=images)
         plot_data(numbers, "some", tmp_path / "data.png")
-    assert titles[1::2] == [
-        "2 sequences, 8 tokens, 50% trained",
-        "2 sequences, 8 tokens, 50% trained, 1,200 images",
+    assert titles == [
+        "some: 2 training sequences",
+        "8 tokens, 50% trained",
+        "some: 2 training sequences",
+        "8 tokens, 50% trained, 1,200 images",
     ]
+
+
+LIMITS = {
+    # values, name -> ends of the axis
+    "a loss that falls far": ([1.6, 0.4, 0.03], "loss", (0, 1.694)),
+    "a loss that hardly moves": ([10.81, 10.80], "loss", (10.740, 10.870)),
+    "a loss that falls by a fifth": ([5.0, 4.0], "loss", (3.9, 5.1)),
+    "a single loss": ([2.0], "loss", (1.988, 2.012)),
+    "rewards on both sides of zero": ([-1.0, 1.0], "reward", (-1.2, 1.2)),
+}
+
+
+@pytest.mark.parametrize("values, name, ends", LIMITS.values(), ids=LIMITS)
+def test_no_line_is_flat_and_no_point_is_cut(values, name, ends):
+    from luthier.record.plots import _value_limits
+
+    assert _value_limits(values, name) == pytest.approx(ends, abs=1e-3)

@@ -109,7 +109,7 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(tmp_path, sweep_here, cap
     orphans = [int((folder / f"trials/{n:03d}/orphan").read_text()) for n in (0, 1)]
     code, out = stop(sweep, signal.SIGINT)
     assert code == 75
-    assert "the same command goes on" in out
+    assert "Run the same command to resume" in out
     assert alive(tmp_path) == []
     assert not any(psutil.pid_exists(pid) for pid in orphans)
     assert states(folder) == ["interrupted", "interrupted"]

@@ -55,6 +55,7 @@ OBJECTIVES = {
     "near each other": ([1.5, 2.0], ("1.5", "2"), False),
     "a factor of twenty": ([0.1, 2.0], ("0.1", "2"), True),
     "all alike": ([1.5, 1.5], ("1.5",), False),
+    "alike in four digits": ([10.8120, 10.8124], ("10.812", "10.8124"), False),
 }
 
 
@@ -135,12 +136,16 @@ DRAWN = {
 
 @pytest.mark.parametrize("trials, objectives, names", DRAWN.values(), ids=DRAWN)
 def test_what_is_drawn(tmp_path, trials, objectives, names):
-    paths = draw_plots(trials, objectives, tmp_path)
+    plots = draw_plots(trials, objectives, tmp_path)
+    paths = [plot.path for plot in plots]
     assert [path.stem for path in paths] == names
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     for path in paths:
         pixels = image.imread(path)
         assert pixels.std() > 0.01, "an empty picture"
+    for plot in plots:
+        assert plot.svg.startswith("<svg") and "width=" not in plot.svg.split(">")[0]
+        assert "var(--ink)" in plot.svg and "#222222" not in plot.svg and "<!--" not in plot.svg
     assert importance_hint(trials, objectives) is None
 
 
@@ -177,7 +182,7 @@ def test_a_log_scale_counts_by_its_decades():
 def test_without_a_package_the_other_plots_are_drawn(tmp_path, monkeypatch, module, words):
     monkeypatch.setitem(sys.modules, module, None)
     trials = finished(LOSSES, GRID)
-    paths = draw_plots(trials, [LOSS, SECONDS], tmp_path)
-    assert [path.stem for path in paths] == [*TWO, "front"]
+    plots = draw_plots(trials, [LOSS, SECONDS], tmp_path)
+    assert [plot.path.stem for plot in plots] == [*TWO, "front"]
     assert importance_hint(trials, [LOSS]).startswith(words)
     assert importance_hint(finished(ALIKE, GRID), [LOSS]) is None

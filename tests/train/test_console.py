@@ -4,12 +4,13 @@ import pytest
 
 from helpers.adapter_models import config_of
 from helpers.model_families import save_family
+from luthier.config import load_config
 from luthier.config.library_settings import LoraSettings, QuantizationSettings
 from luthier.data.prepare import SplitCounts
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
 from luthier.model.load import load_model
-from luthier.train.console import format_counts, print_model
+from luthier.train.console import format_counts, print_model, print_replies, print_results
 
 CPU = Machine("cpu", "float32", "sdpa")
 LINES = {
@@ -63,3 +64,44 @@ def test_the_model_s_line_says_what_the_class_got(family, adapted, tmp_path, cap
 def test_the_line_of_a_split_says_what_trains(trained, answers, line):
     counts = SplitCounts(rows=3, sequences=3, tokens=200, trained_tokens=trained, longest=90)
     assert format_counts(counts, answers) == line
+
+
+def test_replies_stand_in_a_block_for_each_row(capsys):
+    row = {"prompt": "Call mum.", "before": "urn", "after": "{}", "expected": "{}"}
+    print_replies([row | {"set": "code"}, row], limit=1)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "held-out row 1 of code",
+        "  prompt    Call mum.",
+        "  before    urn",
+        "  after     {}",
+        "  expected  {}",
+    ]
+
+
+RECORD = {
+    "results": {"eval_loss": {"before": 1.64912, "after": 0.00002},
+                "exact_match": {"before": None, "after": 0.85}},
+    "seconds": 1667.2, "training_seconds": 27.4, "peak_memory_gib": {"host": 3.55},
+}  # fmt: skip
+
+
+def test_results_come_with_files_and_next_commands(tmp_path, capsys):
+    folder = tmp_path / "my run"
+    (folder / "model").mkdir(parents=True)
+    for name in ("loss.png", "metrics.jsonl", "model/adapter_config.json"):
+        (folder / name).touch()
+    print_results(RECORD, folder, load_config(["recipe=quickstart"]).config)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "             before     after",
+        "eval_loss    1.6491  2.00e-05",
+        "exact_match             85.0%",
+        "",
+        "time      1,667 s, of which training 27 s",
+        "memory    host 3.55 GiB at the peak",
+        f"files     {folder}: model/ loss.png metrics.jsonl",
+        f"next      luthier chat '{folder}'",
+        f"          luthier evaluate '{folder}'",
+        f"          luthier merge '{folder}'",
+    ]

@@ -106,12 +106,12 @@ def _code(values: dict[str, Any], other: dict[str, Any]) -> Lines:
     return [(name, a, b) for name, a, b in pairs if a != b]
 
 
-TIMES = ("_runtime", "_per_second", "_time")
-"""The endings of metrics that are measured in seconds, which differ from run to run."""
+TIMES = ("_runtime", "_per_second", "_time", "memory_gib")
+"""The endings of metrics of seconds and memory, which differ from run to run."""
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics without what is measured in seconds."""
+    """Return the rows of a run's metrics without what is measured of the machine."""
     return [
         {k: v for k, v in row.items() if not k.endswith(TIMES) and "/time" not in k}
         for row in read_metrics(folder)

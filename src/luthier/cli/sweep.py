@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from luthier.cli.arguments import TRUST, CommandLine
 from luthier.errors import UserError
-from luthier.terminal import make_console
+from luthier.terminal import make_console, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +103,7 @@ def _run(planned: "SweepPlan", trial_place: "TrialPlace", is_orphan: Callable[[]
         view.close()
     if code == RESUME:
         report_progress(planned, controller.trials, console)
-        console.print("\nstopped; the same command goes on with the trials that are left")
+        console.print("\nStopped. Run the same command to resume with the trials that are left.")
     else:
         report_results(planned, controller.trials, console)
     return code
@@ -204,7 +204,7 @@ def run(arguments: list[str]) -> int:
             trial.values = measures
             trial.state = "running" if running else "interrupted"
     console = make_console()
-    console.print(on_disk.trial_table(trials, objectives))
+    print_table(console, on_disk.trial_table(trials, objectives))
     console.print(summary_line(trials, objectives, definition["total"]))
     print_errors(trials, console)
     left = definition["total"] > len(trials) or any(not trial.is_ended for trial in trials)

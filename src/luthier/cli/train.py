@@ -1,7 +1,9 @@
 """The command line of `train.py`: flags, then overrides, then one run."""
 
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -124,6 +126,7 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
 
     `task` gets the valid configuration. A user's mistake is printed in words, and the code is 2.
     """
+    began = time.monotonic()
     guard_output()
     try:
         arguments = _parse_command_line(sys.argv[1:] if argv is None else argv)
@@ -137,11 +140,12 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
             return _print_information(arguments)
         _refuse_sweep_settings(arguments.overrides)
         # A task that returns None has ended well.
-        return task(load_config(arguments.overrides, is_trusted)) or 0
+        loaded = load_config(arguments.overrides, is_trusted)
+        return task(replace(loaded, began=began)) or 0
     except UserError as mistake:
         return errors.report_error(mistake)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nInterrupted. Run the same command to resume.", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:
         if not arguments.flags:  # a run is not over because nobody reads what it prints

@@ -142,6 +142,7 @@ class TrainerArgs(LibrarySettings):
     eval_steps = SettingKey[float | None](None)
     """None: as often as `logging_steps`."""
     logging_steps = SettingKey[float](10)
+    disable_tqdm = SettingKey[bool](False)
     save_strategy = SettingKey[str]("steps")
     save_steps = SettingKey[float](500)
     load_best_model_at_end = SettingKey[bool](False)

@@ -35,6 +35,8 @@ class LoadedConfig:
     recorded: dict[str, Any]
     """What is written of it: `resolved` with `${oc.env:NAME}` for what came from the environment.
     Its secrets are hidden when it is written."""
+    began: float | None = None
+    """When the command began, by `time.monotonic`; None where nobody has noted it."""
 
 
 def load_config(overrides: Iterable[str], is_trusted: bool = False) -> LoadedConfig:

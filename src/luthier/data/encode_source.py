@@ -42,7 +42,7 @@ from luthier.data.rows import BadRow, excerpt
 from luthier.data.store import EntryWriter, Store, StoredEntry, TokenTable, cache_key
 from luthier.errors import UserError
 from luthier.gc_pause import pause_gc
-from luthier.terminal import guard_output
+from luthier.terminal import ProgressReport, guard_output
 
 CHUNK_ROWS = 1000
 """Rows that are encoded at once."""
@@ -61,8 +61,6 @@ def encode_rows(
 
     Raises UserError as `encoded` does.
     """
-    from tqdm import tqdm
-
     for name in TABLE_NAMES:
         writer.table(name)
     bad, images = BadRows(), ImageTableWriter(writer)
@@ -70,11 +68,7 @@ def encode_rows(
     settings = encoder.settings()
     keeps_columns = bool(settings.get(COLUMNS_SETTING))
     other_keys: Counter[str] = Counter()
-    # The bar shows itself after two seconds: small sets encode without one.
-    bar = tqdm(
-        total=opened.source.size, unit=" rows", desc=f"encode {opened.source.label}", delay=2,
-        mininterval=0.5,
-    )  # fmt: skip
+    bar = ProgressReport(opened.source.size, f"encoding {opened.source.label}")
     with bar, _executor(encoder, workers) as submit, pause_gc():
         encoded_chunks = _in_order(submit, _chunks(rows, bad, drop), 2 * workers)
         for number, (chunk, encoded) in enumerate(encoded_chunks, start=1):

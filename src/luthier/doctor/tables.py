@@ -9,7 +9,7 @@ from rich.text import Text
 
 from luthier.doctor.path_tests import PathResult
 from luthier.memory.workload import MIB
-from luthier.terminal import make_console
+from luthier.terminal import make_console, print_table
 
 _STYLES = {"right": "green", "wrong": "bold red", "not here": "dim"}
 _TITLES = {
@@ -121,7 +121,7 @@ def print_path_results(results: list[PathResult], console: Console | None = None
             cells.append(_format_memory(numbers))
         state = Text(result.state, style=_STYLES[result.state])
         table.add_row(Text(result.path.name), state, *cells)
-    console.print(table)
+    print_table(console, table)
     _print_reasons(console, results)
     wrong = sum(result.state == "wrong" for result in results)
     right = sum(result.state == "right" for result in results)

@@ -95,9 +95,10 @@ def print_benchmarks(results: Mapping[str, Any], console: "Console") -> None:
     from rich.text import Text
 
     from luthier.evaluate.compare import comparison_values
+    from luthier.terminal import print_table
 
     console.print(Text("\nbenchmarks", style="bold"))
-    console.print(comparison_values(dict(results)))
+    print_table(console, comparison_values(dict(results)))
 
 
 def _folder(folder: str | None) -> str | None:

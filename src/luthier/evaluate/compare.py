@@ -14,7 +14,7 @@ from luthier.evaluate.likelihood import LOSS, ModelScores
 from luthier.evaluate.rows import EvaluationRows
 from luthier.infer.questions import turn_text
 from luthier.metrics.bootstrap import bootstrap_interval, compare_paired
-from luthier.terminal import printable
+from luthier.terminal import make_block, print_table, printable
 
 EXAMPLES = 3
 """Rows won, and rows lost, that are shown."""
@@ -190,13 +190,13 @@ def print_comparison(result: Comparison, console: Console, against: str = "base"
     if result.asked and result.asked != result.rows:
         head += f"; {result.asked:,} answered"
     console.print(Text(f"\n{head}", style="bold"))
-    console.print(comparison_values(result.numbers, against))
+    print_table(console, comparison_values(result.numbers, against))
     # Two models have rows won and lost; one alone has its worst. The other lists are empty.
     groups = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
     for name, rows in groups:
         if rows:
             console.print(Text(f"\n{name}, by {result.judged_by}", style="bold"))
-            console.print(_examples(rows, against))
+            _print_examples(rows, against, console)
 
 
 def comparison_values(numbers: dict[str, dict[str, Any]], against: str = "base") -> Table:
@@ -224,16 +224,17 @@ def format_interval(number: dict[str, Any] | None) -> str:
     return f"{number['value']:.4g}\n[{number['low']:.4g}, {number['high']:.4g}]"
 
 
-def _examples(rows: list[dict[str, Any]], against: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, pad_edge=False)
+def _print_examples(rows: list[dict[str, Any]], against: str, console: Console) -> None:
+    """Print a block for each row: where it is, what was asked, the replies, what was expected."""
     last = "expected" if "expected" in rows[0] else "loss"
-    names = [name for name in ("where", "prompt", "base", "tuned", last) if name in rows[0]]
-    for name in names:
-        table.add_column(against if name == "base" else name, overflow="fold", ratio=1)
     for row in rows:
-        texts = (_place(row[name]) if name == "where" else _short(row[name]) for name in names)
-        table.add_row(*map(Text, texts))
-    return table
+        texts = {
+            against if name == "base" else name: _short(row[name])
+            for name in ("prompt", "base", "tuned", last)
+            if name in row
+        }
+        lines = make_block(_place(row["where"]), texts, console.width)
+        console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def _place(where: str) -> str:

@@ -29,6 +29,7 @@ from luthier.infer.questions import Question
 from luthier.metrics import MetricScores, classification
 from luthier.metrics.classification import are_entity_tags
 from luthier.model.artifact import Artifact, build_chat_encoder
+from luthier.terminal import ProgressReport
 from luthier.train.methods.classify import (
     ClassificationCollator,
     classification_losses,
@@ -362,14 +363,12 @@ class HeadModel:
     def measure(self, each: EvaluationSet, settings: dict[str, Any]) -> ModelScores:
         """Decide all rows, the longest first, and score them."""
         import torch
-        from tqdm import tqdm
 
         items = each.items.rows
         rows: list[Mapping[str, Any]] = [item.values for item in items]
         losses, predictions = np.zeros((len(rows), 2)), list[Any](rows)
         pad = int(self.tokenizer.pad_token_id)
-        bar = tqdm(total=len(rows), desc="rows", leave=False, disable=None)
-        with torch.inference_mode(), bar:
+        with torch.inference_mode(), ProgressReport(len(rows), "evaluation") as bar:
             for batch in batches_by_length([self.head.length(row) for row in rows]):
                 batch_losses = self.head.losses(self.model, [rows[n] for n in batch], pad)
                 for number, loss, prediction in zip(

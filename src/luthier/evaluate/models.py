@@ -22,6 +22,7 @@ from luthier.infer.questions import decode_answer
 from luthier.metrics import Metric, MetricScores, score_replies
 from luthier.model.adapters import HEAD_TASKS
 from luthier.model.artifact import find_artifact
+from luthier.terminal import ProgressReport
 
 if TYPE_CHECKING:
     from luthier.evaluate.heads import HeadModel
@@ -36,16 +37,14 @@ def measure_model(
     `batch_size`.
     Raises UserError where a metric fails and for rows that the model cannot read.
     """
-    from tqdm import tqdm
-
     total = sum(len(item.sequences) for item in items.rows)
-    with tqdm(total=total, desc="likelihood", leave=False, disable=None) as bar:
+    with ProgressReport(total, "likelihood", "sequences") as bar:
         losses = compute_losses(llm.model, items.rows, bar.update, llm.image_inputs)
     # Without a metric no replies are generated: they take most of the time of an evaluation.
     asked = items.asked if metrics else []
     if not asked:
         return ModelScores(losses, [], MetricScores({}))
-    with tqdm(total=len(asked), desc="replies", leave=False, disable=None) as bar:
+    with ProgressReport(len(asked), "replies") as bar:
         replies = llm.replies(
             [question.prompt for _, question in asked], places=[row.where for row, _ in asked],
             on_replies=lambda number, replies: bar.update(1), **settings,

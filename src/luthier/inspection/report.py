@@ -23,7 +23,7 @@ from luthier.inspection.statistics import (
 )
 from luthier.inspection.survey import Survey
 from luthier.model.tokenizer import describe_padding
-from luthier.terminal import make_console
+from luthier.terminal import make_console, print_table
 
 _EQUAL = {
     "exact": "equal to an earlier row",
@@ -267,11 +267,11 @@ def print_report(survey: Survey, console: Console | None = None) -> None:
     sides = survey.summary.sides
     for start in range(0, len(sides), _WIDTH):
         console.print()
-        console.print(split_table(sides[start : start + _WIDTH], survey.looks_at_chats))
+        print_table(console, split_table(sides[start : start + _WIDTH], survey.looks_at_chats))
     mix, shares = survey.material.config.dataset.mix, survey.summary.mixture
     if is_mixed(shares):
         console.print(Text(f"\nmixture of an epoch (dataset.mix={mix})", style="bold"))
-        console.print(mixture_table(shares))
+        print_table(console, mixture_table(shares))
     _show_lines(console, "equal rows", duplicate_lines(survey))
     _show_lines(console, "evaluation", held_out_lines(survey))
     print_lengths(console, survey.train)

@@ -11,7 +11,7 @@ from luthier.memory.estimate import RETURN_FREED_BLOCKS, Estimate, keeps_freed_b
 from luthier.memory.plan import MemoryPlan
 from luthier.memory.workload import FREE_SHARE, format_parameter_count, format_size
 from luthier.model.experts import describe_unpacked_experts
-from luthier.terminal import make_console
+from luthier.terminal import make_console, print_table
 
 _SHARDING_NAMES = {
     "none": "one process",
@@ -37,7 +37,7 @@ def print_plan(plan: MemoryPlan, advice: list[Advice], console: Console | None =
     for name, text in _heading(plan).items():
         console.print(Text(f"{name:<10}{text}"), soft_wrap=True)
     console.print()
-    console.print(_memory_table(plan))
+    print_table(console, _memory_table(plan))
     for line in _notes(plan):
         console.print(Text(line, style="dim"), soft_wrap=True)
     if plan.fits:

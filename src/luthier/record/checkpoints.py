@@ -310,7 +310,7 @@ def restore_logs(run: Path, checkpoint: Path) -> list[str]:
         copy = copies / name
         text = copy.read_text(encoding="utf-8") if copy.is_file() else None
         problem = restore_log(run / name, text)
-        sentences += [f"{problem}, and was put back from {checkpoint.name}"] if problem else []
+        sentences += [f"{problem} and has been restored from {checkpoint.name}"] if problem else []
     return sentences
 
 
@@ -321,7 +321,7 @@ def restore_log(path: Path, text: str | None) -> str | None:
     """
     is_there = path.exists() or path.is_symlink()
     if is_there and not path.is_file() and not path.is_symlink():
-        raise DamagedFileError(f"{path}: it is no file. Move it away, and the run goes on.")
+        raise DamagedFileError(f"{path}: this is no file. Move it away and resume.")
     if text is None:
         path.unlink(missing_ok=True)
         return None
@@ -347,7 +347,7 @@ def _truncate_logs(run: Path, checkpoint: Path) -> None:
         complete = len(load_json_lines(path, schema, _log_advice(path)))
         if complete < count:
             raise DamagedFileError(
-                f"{path}: it has {complete} lines, and had {count} at {checkpoint.name}.\n"
+                f"{path}: it has {complete} lines, but had {count} at {checkpoint.name}.\n"
                 f"{_log_advice(path)}"
             )
         if path.is_file():
@@ -355,13 +355,13 @@ def _truncate_logs(run: Path, checkpoint: Path) -> None:
             write_text(path, "".join(lines[:count]))
     if not (run / START_FILE).is_file():
         raise DamagedFileError(
-            f"{run / START_FILE}: it is missing, and with it what was measured before the training."
+            f"{run / START_FILE}: missing, and with it what was measured before training."
             f"\n{_log_advice(run / START_FILE)}"
         )
 
 
 def _log_advice(path: Path) -> str:
     return (
-        f"Put {path.name} back from a copy. A run that is not finished takes it from its newest "
-        "checkpoint when it goes on: then remove the file."
+        f"Restore {path.name} from a copy. If the run is not finished, you can also remove the "
+        "file: resuming takes it from the newest checkpoint."
     )

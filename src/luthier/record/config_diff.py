@@ -192,7 +192,7 @@ def describe_config_changes(
             "that has this length from its first step, choose another output_dir"
         )
     else:
-        meaning = f"the run goes on from step {extended_from} to its new end"
+        meaning = f"the run resumes at step {extended_from} and trains to its new end"
     return sentences + [f"{change}: {meaning}" for change in changes if change.effect == "length"]
 
 

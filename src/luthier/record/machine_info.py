@@ -77,6 +77,16 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def memory_gib() -> float:
+    """Return the memory of this process in GiB: now on the host, or the most so far on a GPU."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    return float(psutil.Process().memory_info().rss / 2**30)
+
+
 def peak_memory_gib() -> dict[str, float]:
     """Return the most memory this process has held so far, in GiB, on the host and on the GPU."""
     import resource

@@ -1,5 +1,6 @@
 """The plots of a run: its loss or reward over the steps, and how long its sequences are."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ MIN_SMOOTHED_POINTS = 50
 
 TEXT_COLOR, TRAIN_COLOR, EVAL_COLOR, FAINT_COLOR = "#222222", "#2f6db3", "#d1495b", "#9bb8d9"
 _SUBTITLE_COLOR = "#777777"
+_MARK_ROOM = 0.065
+"""The share of a plot's height that the label of a mark takes."""
 _MAX_BINS = 40
 # Sources with a bar of their own; the smallest of more share the last one.
 _MAX_BARS = 20
@@ -51,8 +54,8 @@ def collect_data_numbers(prepared: "PreparedData", max_length: int | None) -> Da
 def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
     """Draw training and held-out loss against the step as a PNG; False where there is no loss.
 
-    `metrics` are the rows of `metrics.jsonl`. Of a run that has rewards, these are drawn: its loss
-    says nothing by itself.
+    `metrics` are the rows of `metrics.jsonl`, `title` names the run. Of a run that has rewards,
+    these are drawn: its loss says nothing by itself.
     """
     name = "reward" if any("reward" in row for row in metrics) else "loss"
     train = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
@@ -61,31 +64,66 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
     ]
     if not train and not held_out:
         return False
-    figure = new_figure(figsize=(8, 4.5))
+    figure = new_figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if train:
-        _draw_train(axes, train, name)
+        _draw_train(axes, train)
     if held_out:
-        label = f"held-out {name}, at last {held_out[-1][1]:.3g}"
-        axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL_COLOR, ms=4, label=label)
-    values = [value for _, value in train + held_out]
-    axes.set_title(literal_label(title), loc="left", color=TEXT_COLOR)
+        axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL_COLOR, ms=4, clip_on=False)
+    points = train + held_out
+    axes.set_title(literal_label(f"{title}: {name}"), loc="left", color=TEXT_COLOR)
     axes.set_xlabel("step")
     if name == "reward":
         axes.set_ylabel("mean reward of completions")
     else:
         axes.set_ylabel("loss per trained token (nats)")
-        # On an even scale the start of a loss that falls so far would flatten all the rest.
-        if 0 < min(values) < max(values) / 20:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-    axes.margins(x=0.06)
+    axes.set_ylim(*_value_limits([value for _, value in points], name))
+    steps = [step for step, _ in points]
+    axes.set_xlim(0, max(1, *steps))
+    _whole_steps(axes)
     style_axes(axes)
-    axes.legend(frameon=False)
-    figure.tight_layout()
+    lines = [("training", train, TRAIN_COLOR), (f"eval_{name}", held_out, EVAL_COLOR)]
+    _label_ends(axes, [(label, *line[-1], color) for label, line, color in lines if line])
     save_figure(figure, path)
     return True
+
+
+def _value_limits(values: list[float], name: str) -> tuple[float, float]:
+    """Return the ends of the axis of a loss or reward: from zero, unless that would flatten it."""
+    low, high = min(values), max(values)
+    # A hundredth of the value is noise, and would fill the axis.
+    span = max(high - low, 0.01 * abs(high), 1e-6)
+    if name == "loss" and low >= 0 and high - low > 0.3 * high:
+        return 0, high + 0.06 * span
+    middle = (low + high) / 2
+    return middle - 0.6 * span, middle + 0.6 * span
+
+
+def _whole_steps(axes: Any) -> None:
+    """Put ticks at whole steps alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _plain_numbers(axes.xaxis)
+
+
+def _label_ends(axes: Any, ends: list[tuple[str, float, float, str]]) -> None:
+    """Write the name and the last value of each line beside its end: `(name, x, y, color)`."""
+    low, high = axes.get_ylim()
+    places = sorted(((y - low) / (high - low), name, y, color) for name, _, y, color in ends)
+    place = -math.inf
+    for height, name, y, color in places:
+        # Two lines of text need their room, however near the ends are.
+        place = max(height, place + 0.07)
+        axes.annotate(
+            f"{name} {y:.4g}",
+            (1.015, place),
+            xycoords="axes fraction",
+            va="center",
+            color=color,
+            fontsize=10,
+            annotation_clip=False,
+        )
 
 
 def plot_data(numbers: DataNumbers, title: str, path: Path) -> bool:
@@ -150,15 +188,14 @@ def save_figure(figure: Any, path: Path) -> Path:
     return path
 
 
-def _draw_train(axes: Any, train: list[tuple[int, float]], name: str) -> None:
+def _draw_train(axes: Any, train: list[tuple[int, float]]) -> None:
     """Draw the training's values; a smoothed line too where there are enough of them."""
-    label = f"training {name}, at last {train[-1][1]:.3g}"
     if len(train) < MIN_SMOOTHED_POINTS:
-        axes.plot(*zip(*train, strict=True), color=TRAIN_COLOR, lw=2, label=label)
+        axes.plot(*zip(*train, strict=True), "o-", color=TRAIN_COLOR, lw=2, ms=6, clip_on=False)
         return
-    axes.plot(*zip(*train, strict=True), color=FAINT_COLOR, lw=1, label=label)
+    axes.plot(*zip(*train, strict=True), color=FAINT_COLOR, lw=1)
     smooth = _smooth([loss for _, loss in train])
-    axes.plot([step for step, _ in train], smooth, color=TRAIN_COLOR, lw=2, label="smoothed")
+    axes.plot([step for step, _ in train], smooth, color=TRAIN_COLOR, lw=2)
 
 
 def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
@@ -182,29 +219,31 @@ def _draw_lengths(axes: Any, numbers: DataNumbers, title: str) -> None:
         _widen_axis(axes, edges)
         axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("tokens of a sequence")
-    _scale_counts(axes, counts)
-    _draw_marks(axes, numbers)
+    marks = _find_marks(axes, numbers)
+    top = 0.94 - _MARK_ROOM * len(marks)
+    _scale_counts(axes, counts, top)
+    _draw_marks(axes, marks, top)
     tokens = int(lengths.sum(dtype=np.int64))
-    axes.set_title(literal_label(title), loc="left", color=TEXT_COLOR)
-    share = f"{numbers.trained_tokens / tokens:.0%} trained"
+    noun = "training sequence" if len(lengths) == 1 else "training sequences"
+    axes.set_title(literal_label(f"{title}: {len(lengths):,} {noun}"), loc="left", color=TEXT_COLOR)
     images = f", {numbers.images:,} images" if numbers.images else ""
-    about = f"{len(lengths):,} sequences, {tokens:,} tokens, {share}{images}"
+    about = f"{tokens:,} tokens, {numbers.trained_tokens / tokens:.0%} trained{images}"
     axes.set_title(about, loc="right", color=_SUBTITLE_COLOR, fontsize=9)
     _plain_numbers(axes.xaxis)
     _plain_numbers(axes.yaxis)
     style_axes(axes, "y")
 
 
-def _scale_counts(axes: Any, counts: NDArray[Any]) -> None:
-    """Choose an even scale, or one of ratios; with room for the legend above the bars."""
+def _scale_counts(axes: Any, counts: NDArray[Any], top: float) -> None:
+    """Choose an even scale, or one of ratios, on which the bars end at the share `top`."""
     least, most = counts[counts > 0].min(), counts.max()
     # A bar that is less than a pixel high cannot be seen on an even scale.
     if least < most / 200:
         axes.set_yscale("log")
-        axes.set_ylim(0.7, most * (most / 0.7) ** 0.3)
+        axes.set_ylim(0.7, 0.7 * (most / 0.7) ** (1 / top))
         axes.set_ylabel("sequences (log scale)")
     else:
-        axes.set_ylim(0, most * 1.35)
+        axes.set_ylim(0, most / top)
         axes.locator_params(axis="y", integer=True)
         axes.set_ylabel("sequences")
 
@@ -216,27 +255,45 @@ def _widen_axis(axes: Any, edges: NDArray[Any]) -> None:
     axes.set_xlim(middle - half, middle + half)
 
 
-def _draw_marks(axes: Any, numbers: DataNumbers) -> None:
-    """Draw where the middle, the 95th percentile, the longest and `chat.max_length` are."""
+def _find_marks(axes: Any, numbers: DataNumbers) -> list[tuple[int, str, str]]:
+    """Return what is marked, by its place: where it is, its label and its colour.
+
+    The middle, the 95th percentile, the longest, and `chat.max_length` where the axis reaches it:
+    drawn where it is, a far larger one would press the bars together at the left.
+    """
     ranked = np.sort(numbers.lengths)
     last = len(ranked) - 1
-    marks = {
-        "median": (int(ranked[round(0.5 * last)]), "-"),
-        "95th percentile": (int(ranked[round(0.95 * last)]), "--"),
-        "longest": (int(ranked[-1]), ":"),
-    }
-    for name, (value, style) in marks.items():
-        axes.axvline(value, color=TEXT_COLOR, lw=1.3, ls=style, label=f"{name} {value:,}")
+    names: dict[int, list[str]] = {}
+    for name, share in (("median", 0.5), ("95th percentile", 0.95), ("longest", 1.0)):
+        names.setdefault(int(ranked[round(share * last)]), []).append(name)
+    marks = [(at, f"{', '.join(labels)} {at:,}", TEXT_COLOR) for at, labels in names.items()]
     limit, right = numbers.max_length, axes.get_xlim()[1]
     if limit is not None and limit <= right * (4 if axes.get_xscale() == "log" else 1.5):
-        axes.axvline(limit, color=EVAL_COLOR, lw=1.8, label=f"chat.max_length {limit:,}")
+        marks.append((limit, f"chat.max_length {limit:,}", EVAL_COLOR))
         axes.set_xlim(right=max(right, limit * 1.04))
-    elif limit is not None:
-        # Drawn where it is, it would press the bars together at the left.
-        axes.plot([], color=EVAL_COLOR, lw=1.8, label=f"chat.max_length {limit:,} (beyond)")
-    axes.legend(
-        ncols=2, fontsize=9, loc="upper left", facecolor="white", edgecolor="none", framealpha=1
-    )
+    return sorted(marks, key=lambda mark: mark[0])
+
+
+def _draw_marks(axes: Any, marks: list[tuple[int, str, str]], top: float) -> None:
+    """Draw a line and a label for each mark; above the share `top` of the height are no bars.
+
+    Each line ends at its label, and those to the right end lower, so that no label crosses any.
+    """
+    across = axes.get_xaxis_transform()  # x in tokens, y as a share of the height
+    for number, (at, label, color) in enumerate(reversed(marks), start=1):
+        height = top + _MARK_ROOM * number
+        axes.plot([at, at], [0, height], color=color, lw=1.3, transform=across)
+        axes.annotate(
+            label,
+            (at, height),
+            xytext=(5, -4),
+            xycoords=across,
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontsize=9,
+            annotation_clip=False,
+        )
 
 
 def _rank_sources(sources: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -270,10 +270,11 @@ class RunRecord:
     A run that was stopped and goes on has one record with several sessions.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, began: float | None = None) -> None:
+        """`began` is when the command did, by `time.monotonic`; None is now."""
         self.path = folder / "run.json"
         self.entries: dict[str, Any] = read_record(folder)
-        self._clock = time.monotonic()
+        self._clock = time.monotonic() if began is None else began
 
     def start(
         self, config: RunConfig, overrides: list[str], recorded: dict[str, Any] | None = None
@@ -334,15 +335,20 @@ class RunRecord:
         *earlier, session = self.entries["sessions"]
         self.update(sessions=[*earlier, session | entries])
 
+    def total_seconds(self) -> float:
+        """Return the seconds of all sessions so far, this one from the start of its command."""
+        earlier = sum(session.get("seconds", 0) for session in self.entries["sessions"][:-1])
+        return float(earlier + time.monotonic() - self._clock)
+
     def end(self, status: str, **entries: Any) -> None:
         """Write how the run ended, after how many seconds and at what peak memory (GiB).
 
         The seconds are those of all its sessions together.
         """
+        ended, total = _now(), self.total_seconds()
         # Not from the two times of day, between which the clock may be set.
-        ended, seconds = _now(), round(time.monotonic() - self._clock, 1)
+        seconds = round(time.monotonic() - self._clock, 1)
         self.update_session(status=status, ended=ended, seconds=seconds)
-        total = sum(session.get("seconds", 0) for session in self.entries["sessions"])
         self.update(
             status=status,
             ended=ended,

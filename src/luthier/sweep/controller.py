@@ -334,8 +334,8 @@ class Controller:
             if objective.name not in trial.values:
                 raise UserError(
                     f"{KEY}: trial {trial.name} is finished, and its run has not logged "
-                    f"{objective.name!r}. {suggest_options(objective.name, trial.values)}\nThe "
-                    "same command with another objective goes on with the trials that are there."
+                    f"{objective.name!r}. {suggest_options(objective.name, trial.values)}\nRun "
+                    "the same command with another objective; finished trials are kept."
                 )
 
     def _end_all(self) -> None:

@@ -1,6 +1,5 @@
 """A sweep as one HTML page: its table, its plots and its best recipe, with nothing to fetch."""
 
-import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,22 +7,26 @@ from pathlib import Path
 from luthier.redaction import redact_text
 from luthier.storage.atomic import write_text
 from luthier.sweep.objective import Objective
+from luthier.sweep.plots import Plot
 from luthier.sweep.trials import (
     Trial,
     best_trial,
-    format_number,
+    describe_tie,
+    format_distinct,
     format_time,
     format_value,
     rank_trials,
     short_names,
+    tied_trials,
 )
 from luthier.web_page import render_page
 
 _STYLE = """\
 :root { --best: #fdf0f1; --mark: #d1495b }
 @media (prefers-color-scheme: dark) { :root { --best: #3a2226; --mark: #f0818f } }
-h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem }
-img { max-width: 100%; display: block; background: #fff; border-radius: 6px }
+section { margin-top: 1.1rem } h2 { margin-bottom: .6rem }
+svg { display: block; width: 100%; height: auto; min-width: 42rem; fill: var(--ink) }
+td { white-space: nowrap }
 pre { background: var(--sunk); padding: .8rem 1rem } code { font: 13px var(--mono) }
 th:last-child, td:last-child { text-align: left } td.error { color: var(--mark); font-size: 12px;
   white-space: pre-wrap }
@@ -42,28 +45,34 @@ def write_page(
     title: str,
     trials: Sequence[Trial],
     objectives: Sequence[Objective],
-    plots: Sequence[Path],
+    plots: Sequence[Plot],
     recipes: Sequence[tuple[str, str]],
     path: Path,
 ) -> None:
     """Write the page to `path`, its plots and its style sheet within it.
 
-    `plots` are PNG files of `draw_plots`; `recipes` are the best trials, each as the command that
+    `plots` are those of `draw_plots`; `recipes` are the best trials, each as the command that
     trains it and the text of its recipe.
     """
     goal = ", ".join(f"{objective.direction} {objective.name}" for objective in objectives)
-    sections = [f"<h1>{html.escape(title)}</h1><p>{html.escape(goal)}; {_count_states(trials)}</p>"]
-    sections.append(f"<h2>Trials, the best first</h2>{_trial_table(trials, objectives)}")
+    head = f"<h1>{html.escape(title)}</h1><p>{html.escape(goal)}; {_count_states(trials)}</p>"
+    tie = describe_tie(trials, objectives)
+    note = f'<p class="note">{html.escape(tie)}</p>' if tie else ""
+    table = f"{_trial_table(trials, objectives)}{note}"
+    sections = [_section("Trials, the best first", table)]
     for plot in plots:
         # Within the page, so that one file can be sent to others.
-        data = base64.b64encode(plot.read_bytes()).decode()
-        heading = _HEADINGS[plot.stem]
-        image = f'<img alt="{heading}" src="data:image/png;base64,{data}">'
-        sections.append(f"<h2>{heading}</h2>{image}")
+        sections.append(_section(_HEADINGS[plot.path.stem], f'<div class="wide">{plot.svg}</div>'))
     for command, text in recipes:
-        sections.append(f"<h2>The best as a recipe</h2><p><code>{html.escape(command)}</code></p>")
-        sections.append(f"<pre>{html.escape(text)}</pre>")
-    write_text(path, redact_text(render_page(title, "\n".join(sections), _STYLE)))
+        recipe = f"<p><code>{html.escape(command)}</code></p><pre>{html.escape(text)}</pre>"
+        sections.append(_section("The best as a recipe", recipe))
+    body = "\n".join([head, *sections])
+    write_text(path, redact_text(render_page(title, body, _STYLE)))
+
+
+def _section(heading: str, body: str) -> str:
+    """Return a card of the page; `body` is HTML."""
+    return f"<section><h2>{heading}</h2>{body}</section>"
 
 
 def _count_states(trials: Sequence[Trial]) -> str:
@@ -77,11 +86,13 @@ def _trial_table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> st
     keys = dict.fromkeys(key for trial in trials for key in trial.params)
     headings = ["trial", *(short for _, short in short_names(keys))]
     headings += [*(objective.name for objective in objectives), "steps", "time", "state"]
-    best_numbers = {trial.number for trial in best_trial(trials, objectives)}
-    rows = []
-    for trial in rank_trials(trials, objectives):
+    leaders = [*best_trial(trials, objectives), *tied_trials(trials, objectives)]
+    best_numbers = {trial.number for trial in leaders}
+    ranked, rows = rank_trials(trials, objectives), []
+    columns = [format_distinct([row.values.get(o.name) for row in ranked]) for o in objectives]
+    for number, trial in enumerate(ranked):
         cells = [trial.name, *(format_value(trial.params.get(key, "")) for key in keys)]
-        cells += [format_number(trial.values.get(objective.name)) for objective in objectives]
+        cells += [column[number] for column in columns]
         cells += [str(trial.step or ""), format_time(trial.seconds), trial.state]
         style = ' class="best"' if trial.number in best_numbers else ""
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)

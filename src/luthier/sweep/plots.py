@@ -5,13 +5,15 @@ They need matplotlib alone; only the numbers of the importance come from Optuna.
 function below says what they lack. They would also take the plots from sweeps without Optuna.
 """
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,7 +27,14 @@ from luthier.record.plots import (
     style_axes,
 )
 from luthier.sweep.objective import Objective
-from luthier.sweep.trials import Trial, best_trial, completed_trials, format_value, short_names
+from luthier.sweep.trials import (
+    Trial,
+    best_trial,
+    completed_trials,
+    format_distinct,
+    format_value,
+    short_names,
+)
 
 _LOG_RATIO_OF_PARAMETERS = 8.0
 """A parameter is drawn on a log scale if its greatest value is so many times its least."""
@@ -37,13 +46,23 @@ _FEWEST_FOR_IMPORTANCE = 4
 _IMPORTANCE_PACKAGES = {"optuna": "optuna", "sklearn": "scikit-learn"}
 """What fANOVA needs: names to import, and names to install."""
 _PANEL_COLUMNS = 3
+_WIDTH = 10.5
+"""Inches of every plot, so that each fills the width of the page with letters of one size."""
 _BEHIND_TEXT = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.8}
+
+
+class Plot(NamedTuple):
+    """A plot of a sweep: a PNG file, and the same picture for a page."""
+
+    path: Path
+    svg: str
+    """An SVG element as wide as its container, in the colours of `luthier.web_page`."""
 
 
 def draw_plots(
     trials: Sequence[Trial], objectives: Sequence[Objective], folder: Path
-) -> list[Path]:
-    """Draw every plot that these trials allow into `folder`, and return the paths of the PNG files.
+) -> list[Plot]:
+    """Draw every plot that these trials allow into `folder` as PNG files, and return the plots.
 
     Only finished trials with a finite value of every objective are drawn: a trial that failed, was
     pruned or ended in NaN has none. Fewer than two of them give no plot.
@@ -55,16 +74,16 @@ def draw_plots(
 
     # Machines that train have no display, and the default backend may look for one.
     matplotlib.use("Agg")
-    paths = [
+    plots = [
         _plot_parameters(finished, objectives, folder / "parameters.png"),
         _plot_parallel_coordinates(finished, objectives, folder / "parallel.png"),
     ]
     explained = _objectives_to_explain(finished, objectives)
     if explained and not _missing_packages():
-        paths.append(_plot_importance(finished, explained, folder / "importance.png"))
+        plots.append(_plot_importance(finished, explained, folder / "importance.png"))
     if len(objectives) > 1:
-        paths.append(_plot_pareto_front(finished, objectives, folder / "front.png"))
-    return paths
+        plots.append(_plot_pareto_front(finished, objectives, folder / "front.png"))
+    return plots
 
 
 def importance_hint(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str | None:
@@ -177,7 +196,7 @@ def scale_objective(values: Sequence[float]) -> Scale:
     low, high = float(positions.min()), float(positions.max())
     ticks = (low, high) if low < high else (low,)
     is_log = low > 0 and high >= _LOG_RATIO_OF_OBJECTIVES * low
-    return Scale(positions, ticks, tuple(f"{number:.4g}" for number in ticks), is_log)
+    return Scale(positions, ticks, tuple(format_distinct(ticks, 4)), is_log)
 
 
 def _finite_number(text: str) -> float | None:
@@ -222,7 +241,7 @@ def _parameter_names(trials: Sequence[Trial]) -> dict[str, str]:
     return {key: literal_label(name) for key, name in short_names(keys)}
 
 
-def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
+def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Plot:
     """Plot each parameter against each objective, the best trials in red.
 
     Optuna's `plot_slice` draws one objective, never on a log scale, and does not mark the best
@@ -248,24 +267,27 @@ def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path:
             axes.margins(x=0.12)
         if scale_objective(values).is_log:
             axes.set_yscale("log")
+        else:
+            # Of values near each other matplotlib would label the differences from one of them.
+            axes.ticklabel_format(axis="y", useOffset=False, style="plain")
         axes.set_xlabel(names[key])
         axes.set_ylabel(literal_label(objective.name))
         _style_axes(axes)
     marked = "the best trial" if len(best_trials) == 1 else "the trials that none beats"
     figure.suptitle(f"{len(trials)} finished trials; red: {marked}", color=TEXT_COLOR, fontsize=10)
-    return save_figure(figure, path)
+    return _save_plot(figure, path)
 
 
 def _plot_parallel_coordinates(
     trials: list[Trial], objectives: Sequence[Objective], path: Path
-) -> Path:
+) -> Plot:
     """Plot one line for each trial through its parameters to its objectives.
 
     Optuna's `plot_parallel_coordinate` has a fixed width and draws lines over the labels, so that
     six parameters cannot be read; it draws the worst trials nearly white, has no log scale for
     objectives, and calls several of them "Objective 0" and "Objective 1".
     """
-    from matplotlib import colormaps, pyplot
+    from matplotlib import pyplot
 
     names = _parameter_names(trials)
     scales = [(names[key], scale_parameter([t.params[key] for t in trials])) for key in names]
@@ -273,16 +295,17 @@ def _plot_parallel_coordinates(
         name = literal_label(objective.name)
         scales.append((name, scale_objective([t.values[objective.name] for t in trials])))
     figure, axes = pyplot.subplots(
-        figsize=(max(5.5, 2.1 * len(scales)), 4.4), dpi=130, layout="constrained"
+        figsize=(max(_WIDTH, 2.1 * len(scales)), 4.4), dpi=130, layout="constrained"
     )
     heights = np.stack([scale.to_fractions(scale.positions) for _, scale in scales])
     first = objectives[0]
     goodness = heights[len(names)] if first.maximize else 1 - heights[len(names)]
+    best_rows = {trials.index(trial) for trial in best_trial(trials, objectives)}
     # The best lines are drawn last and lie on top.
     for row in np.argsort(goodness, kind="stable"):
-        color = colormaps["viridis_r"](0.15 + 0.85 * goodness[row])
-        width = 1 + 1.6 * goodness[row]
-        axes.plot(range(len(scales)), heights[:, row], color=color, lw=width, alpha=0.85)
+        color = EVAL_COLOR if row in best_rows else TRAIN_COLOR
+        width, alpha = 1 + 1.6 * goodness[row], 0.25 + 0.75 * goodness[row]
+        axes.plot(range(len(scales)), heights[:, row], color=color, lw=width, alpha=alpha)
     for column, (_, scale) in enumerate(scales):
         axes.axvline(column, color=TEXT_COLOR, lw=0.8)
         for height, label in zip(scale.to_fractions(scale.ticks), scale.labels, strict=True):
@@ -292,10 +315,12 @@ def _plot_parallel_coordinates(
             )  # fmt: skip
     axes.set_xticks(range(len(scales)), [name for name, _ in scales])
     axes.set_yticks([])
-    axes.set_xlim(-0.1, len(scales) - 0.6)
-    direction = "highest" if first.maximize else "lowest"
+    # The labels of the last axis stand to its right.
+    axes.set_xlim(-0.02 * len(scales), len(scales) - 1 + 0.05 * len(scales))
+    direction = "higher" if first.maximize else "lower"
+    marked = "the best trial" if len(best_rows) == 1 else "the trials that none beats"
     axes.set_title(
-        f"dark and thick: {direction} {literal_label(first.name)}",
+        f"one line per trial, thicker for a {direction} {literal_label(first.name)}; red: {marked}",
         loc="left",
         color=TEXT_COLOR,
         fontsize=10,
@@ -303,10 +328,10 @@ def _plot_parallel_coordinates(
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    return save_figure(figure, path)
+    return _save_plot(figure, path)
 
 
-def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
+def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Plot:
     """Plot how much each parameter explains of each objective.
 
     Optuna's `plot_param_importances` names neither the method nor the number of trials. With
@@ -318,7 +343,7 @@ def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path:
     names = _parameter_names(trials)
     height = 0.42 * len(names) + 1.1
     figure, grid = pyplot.subplots(
-        len(objectives), 1, figsize=(7, height * len(objectives)), dpi=130, squeeze=False,
+        len(objectives), 1, figsize=(_WIDTH, height * len(objectives)), dpi=130, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axes, objective in zip(grid[:, 0], objectives, strict=True):
@@ -332,10 +357,10 @@ def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path:
         title = f"importance for {literal_label(objective.name)}: fANOVA, {len(trials)} trials"
         axes.set_title(title, loc="left", color=TEXT_COLOR, fontsize=10)
         _style_axes(axes)
-    return save_figure(figure, path)
+    return _save_plot(figure, path)
 
 
-def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
+def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Plot:
     """Plot each pair of objectives against each other, with the trials that no other beats in all.
 
     Optuna's `plot_pareto_front` does not say which direction is better, draws three objectives as
@@ -356,12 +381,14 @@ def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], pat
         axes.scatter(*zip(*points, strict=True), color=TRAIN_COLOR, s=30, label="finished trials")
         label = "beaten by no other"
         axes.plot(*zip(*best_points, strict=True), marker, color=EVAL_COLOR, label=label)
+        axes.ticklabel_format(useOffset=False, style="plain")
         for objective, set_label in zip(pair, (axes.set_xlabel, axes.set_ylabel), strict=True):
             better = "more" if objective.maximize else "less"
             set_label(f"{literal_label(objective.name)} ({better} is better)")
         _style_axes(axes)
-    panels[0].legend(frameon=False)
-    return save_figure(figure, path)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
+    return _save_plot(figure, path)
 
 
 def _make_panels(count: int) -> tuple[Any, list[Any]]:
@@ -370,14 +397,38 @@ def _make_panels(count: int) -> tuple[Any, list[Any]]:
 
     columns = min(_PANEL_COLUMNS, count)
     rows = -(-count // columns)
-    # A single panel is as large as the other plots.
-    width, height = (6.0, 4.4) if count == 1 else (4.2 * columns, 3.2 * rows)
+    height = 4.2 if count == 1 else 3.2 * rows
     figure, grid = pyplot.subplots(
-        rows, columns, figsize=(width, height), dpi=130, squeeze=False, layout="constrained"
+        rows, columns, figsize=(_WIDTH, height), dpi=130, squeeze=False, layout="constrained"
     )
     for axes in grid.flat[count:]:
         axes.set_visible(False)
     return figure, list(grid.flat[:count])
+
+
+_PAGE_COLORS = {
+    TEXT_COLOR: "var(--ink)",
+    "#000000": "var(--ink)",
+    "#ffffff": "var(--card)",
+    TRAIN_COLOR: "var(--s1)",
+    EVAL_COLOR: "var(--s2)",
+}
+"""Colours of the PNG files, and what a page has in their place."""
+
+
+def _save_plot(figure: Any, path: Path) -> Plot:
+    """Write a figure as a PNG, and return it with its SVG."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    # Of the file only the element: no XML head, no metadata, and no texts, whose letters are drawn.
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    for color, page_color in _PAGE_COLORS.items():
+        svg = svg.replace(color, page_color)
+    return Plot(save_figure(figure, path), svg)
 
 
 def _style_axes(axes: Any) -> None:

@@ -29,7 +29,15 @@ from luthier.storage.atomic import write_text
 from luthier.sweep.page import write_page
 from luthier.sweep.plots import draw_plots, importance_hint
 from luthier.sweep.sweep_plan import SweepPlan
-from luthier.sweep.trials import Trial, best_trial, format_number, trial_table, write_csv
+from luthier.sweep.trials import (
+    Trial,
+    best_trial,
+    describe_tie,
+    format_number,
+    trial_table,
+    write_csv,
+)
+from luthier.terminal import print_table
 from luthier.train.launch.request import format_train_command
 
 _NOT_OF_A_RECIPE = NEUTRAL_KEYS
@@ -239,7 +247,7 @@ def report_progress(planned: SweepPlan, trials: Sequence[Trial], console: Consol
     """Write `results.csv`, and print the table and the errors, also of a sweep that was stopped."""
     write_csv(trials, planned.objectives, planned.folder.path / "results.csv")
     console.print()
-    console.print(trial_table(trials, planned.objectives))
+    print_table(console, trial_table(trials, planned.objectives))
     print_errors(trials, console)
 
 
@@ -252,8 +260,11 @@ def report_results(planned: SweepPlan, trials: Sequence[Trial], console: Console
     texts = [(command, path.read_text(encoding="utf-8")) for command, path in written]
     write_page(title, trials, planned.objectives, plots, texts, folder / "sweep.html")
     report_progress(planned, trials, console)
-    names = ["results.csv", "sweep.html", *(path.name for path in plots)]
+    names = ["results.csv", "sweep.html", *(plot.path.name for plot in plots)]
     _print_line(console, f"\nwritten   {folder}: {' '.join(names)}")
+    tie = describe_tie(trials, planned.objectives)
+    if tie:
+        _print_line(console, f"tie       {tie}")
     hint = importance_hint(trials, planned.objectives)
     if hint:
         _print_line(console, f"left out  {hint}")

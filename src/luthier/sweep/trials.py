@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -223,6 +224,10 @@ COLOURS = {
     "waiting": "dim",
 }
 _ON_THE_WAY = ("eval_reward", "eval_loss", "reward", "loss")
+_MOST_DIGITS = 10
+"""Of a measured number; what differs further behind is rounding."""
+_TIE = 1e-3
+"""The share of a measure below which two trials tie: another seed moves it by more."""
 _ORDER = ("finished", "running", "pruned", "interrupted", "waiting", "failed")
 
 
@@ -267,6 +272,31 @@ def best_trial(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list
     return [trial for trial in done if not beaten(trial.number)]
 
 
+def tied_trials(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+    """Return the best trial with those that are as good, where there are any; else none.
+
+    Of several objectives there is no best trial, and no tie.
+    """
+    if len(objectives) > 1:
+        return []
+    name, done = objectives[0].name, completed_trials(trials, objectives)
+    best = done[0].values[name] if done else 0.0
+    tied = [t for t in done if math.isclose(t.values[name], best, rel_tol=_TIE)]
+    return tied if len(tied) > 1 else []
+
+
+def describe_tie(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str | None:
+    """Return the sentence about trials that tie for the best; None where one is better."""
+    tied = tied_trials(trials, objectives)
+    if not tied:
+        return None
+    *names, last = sorted(trial.name for trial in tied)
+    return (
+        f"Trials {', '.join(names)} and {last} are a tie: their {objectives[0].name} differs by "
+        f"less than {_TIE:.1%}, which another seed may turn around."
+    )
+
+
 def trial_table(
     trials: Sequence[Trial],
     objectives: Sequence[Objective],
@@ -281,12 +311,14 @@ def trial_table(
     for heading in heads:
         table_view.add_column(Text(heading), justify="right")
     table_view.add_column("state")
-    front = {trial.number for trial in best_trial(trials, objectives)}
+    leaders = [*best_trial(trials, objectives), *tied_trials(trials, objectives)]
+    front = {trial.number for trial in leaders}
     rows = rank_trials(trials, objectives)
-    for trial in rows[:limit]:
+    columns = [format_distinct([row.values.get(o.name) for row in rows]) for o in objectives]
+    for number, trial in enumerate(rows[:limit]):
         style = "bold" if trial.number in front else None
         cells = [trial.name, *(format_value(trial.params.get(key, "")) for key in keys)]
-        cells += [format_number(trial.values.get(objective.name)) for objective in objectives]
+        cells += [column[number] for column in columns]
         cells += [str(trial.step or ""), format_time(trial.seconds) if trial.seconds else ""]
         table_view.add_row(
             *map(Text, cells), _format_state(trial, (where or {}).get(trial.number)), style=style
@@ -308,6 +340,17 @@ def _format_state(trial: Trial, slot: str | None) -> Text:
 def format_number(value: float | None) -> str:
     """Return a measure as tables show it."""
     return "" if value is None else f"{value:.5g}"
+
+
+def format_distinct(values: Sequence[float | None], digits: int = 5) -> list[str]:
+    """Return measures as a column shows them, with as many digits as tell the different ones apart.
+
+    A missing one is an empty text. `digits` is the least number of significant digits.
+    """
+    different = {value for value in values if value is not None and math.isfinite(value)}
+    while digits < _MOST_DIGITS and len({f"{v:.{digits}g}" for v in different}) < len(different):
+        digits += 1
+    return ["" if value is None else f"{value:.{digits}g}" for value in values]
 
 
 def format_time(seconds: float) -> str:

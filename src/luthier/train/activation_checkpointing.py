@@ -31,21 +31,27 @@ def resolve_auto_checkpointing(
     `chat.max_length` counts. `images` are the height and width of the images of the row with most.
     The first rank plans, since free memory may differ between ranks. Where a run cannot be
     planned, activations are computed again, which is slower and always fits best. The plan becomes
-    an entry of `record`.
+    an entry of `record`. Raises UserError on all ranks for a mistake in the adapter's settings.
     """
     if config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
         return config
-    chosen: list[bool] = [True]
+    outcome: list[bool | UserError] = [True]
     if PartialState().is_main_process:
-        plan = _plan_and_print(config, longest, images)
-        chosen = [plan is None or plan.workload.checkpointing is not None]
+        try:
+            plan = _plan_and_print(config, longest, images)
+        except UserError as mistake:
+            plan, outcome = None, [mistake]
+        else:
+            outcome = [plan is None or plan.workload.checkpointing is not None]
         if plan is not None and record is not None:
             record.entries["memory_plan"] = {
                 "gib": round(plan.best.total / GIB, 2), "room_gib": round(plan.best.room / GIB, 2),
                 "rows": plan.workload.rows, "tokens": plan.workload.length,
             }  # fmt: skip
-    broadcast_object_list(chosen)
-    return config.with_trainer_args(activation_checkpointing=chosen[0])
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return config.with_trainer_args(activation_checkpointing=outcome[0])
 
 
 def planned_sharding(request: LaunchRequest | None, processes: int) -> Sharding:
@@ -70,7 +76,11 @@ def _plan_and_print(
         sharding = planned_sharding(read_launch_request(), processes)
         plan = plan_auto(bound_by_rows(config, longest), hardware, sharding, images)
     except UserError as error:
-        console.print_line(f"memory    not planned ({error}); gradient checkpointing is on")
+        # The run would fail of it, too, after it has loaded the model.
+        if str(error).startswith("lora."):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        console.print_line(f"memory    not planned, so gradient checkpointing is on: {reason}.")
         return None
     console.print_line(f"memory    {_describe_plan(plan, config.chat.max_length)}")
     return plan

@@ -11,6 +11,7 @@ from luthier.model.device import check_gpu_settings
 from luthier.model.load import read_model_config
 from luthier.model.trainable import find_skipped_parameters
 from luthier.python_code import is_python_path
+from luthier.terminal import shows_bars
 
 
 def build_sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool) -> Any:
@@ -71,6 +72,9 @@ def build_trainer_arguments(
         "output_dir": str(folder / "checkpoints"),
         "seed": config.seed,
         "data_seed": config.seed,
+        # Left open, transformers 5.23 decides it by the level of its logger; off a terminal a bar
+        # would fill the log.
+        "disable_tqdm": config.trainer.args.disable_tqdm or not shows_bars(),
         "use_cpu": machine.device_type == "cpu",
         "report_to": list(config.tracker.to),
         "project": config.tracker.trackio.project,
@@ -126,3 +130,9 @@ def check_router_loss(config: RunConfig) -> None:
 def run_name(config: RunConfig, folder: Path) -> str:
     """Return what trackers call the run."""
     return f"{config.recipe}/{folder.name}" if config.recipe else folder.name
+
+
+def run_title(config: RunConfig, folder: Path) -> str:
+    """Return what plots call the run: its recipe, with the folder where the recipe was changed."""
+    is_plain = config.recipe is not None and folder.name == "default"
+    return str(config.recipe) if is_plain else run_name(config, folder)

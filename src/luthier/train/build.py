@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from transformers import set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import enable_full_determinism
 
 from luthier.config.code_settings import hash_code
@@ -20,6 +20,7 @@ from luthier.data.examples import DatasetSources
 from luthier.data.prepare import PreparedData, prepare
 from luthier.errors import UserError, explain_lost_process
 from luthier.inspection.warnings import collect_run_facts, find_warnings
+from luthier.metrics import parse_metrics
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
 from luthier.model.experts import has_experts
@@ -33,6 +34,7 @@ from luthier.record.plots import collect_data_numbers, plot_data
 from luthier.record.record import RunRecord
 from luthier.report.data_summary import write_data_summary
 from luthier.report.run_report import write_report
+from luthier.terminal import pluralize
 from luthier.train import (
     activation_checkpointing,
     console,
@@ -42,8 +44,8 @@ from luthier.train import (
     resume,
     trackers,
 )
-from luthier.train.arguments import check_router_loss, set_unused_search
-from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
+from luthier.train.arguments import check_router_loss, run_title, set_unused_search
+from luthier.train.callbacks import LastLogCallback, MetricsFileCallback, ProgressLineCallback
 from luthier.train.dataloaders import refuse_idle_processes
 from luthier.train.evaluation import ReplyGenerator
 from luthier.train.launch.checks import (
@@ -60,7 +62,7 @@ from luthier.train.launch.rank_agreement import (
     join_processes,
 )
 from luthier.train.launch.request import launched_by
-from luthier.train.loop import AfterSave, TrainingSession, fit
+from luthier.train.loop import AfterSave, RunOutcome, TrainingSession, fit
 from luthier.train.methods import TrainerInputs
 from luthier.train.methods.encoders import (
     find_images,
@@ -81,18 +83,19 @@ def build_and_fit(
     folder: Path,
     sources: DatasetSources | None = None,
     after_save: AfterSave | None = None,
+    began: float | None = None,
 ) -> int:
     """Run the training of a checked config whose directory is taken; return the exit code.
 
     The record and the trackers are open for as long as it runs. A dry run builds everything in a
     temporary folder and takes no step. `sources` are those that the check has opened; None opens
-    them.
+    them. `began` is when the command did, by `time.monotonic`; None is now.
     """
     config = loaded.config
     seed_everything(config)
     machine = choose_machine(config.model)
     is_main_process = join_processes(loaded.recorded, machine).is_main_process
-    record = RunRecord(folder)
+    record = RunRecord(folder, began)
     is_recorded = is_main_process and not config.dry_run
     if is_recorded:
         record.start(config, loaded.overrides, loaded.recorded)
@@ -102,24 +105,40 @@ def build_and_fit(
     try:
         tracked_record = record if is_recorded else None
         with trackers.open_trackers(config, loaded.recorded, folder, tracked_record):
-            if not config.dry_run:
-                session = build_session(config, folder, record, is_main_process, machine, sources)
-                return fit(replace(session, after_save=after_save))
-            # The trainer makes its folder when it is built, and a dry run leaves nothing.
-            with TemporaryDirectory() as temporary:
-                build_session(config, Path(temporary), record, is_main_process, machine, sources)
-            console.print_line(
-                "dry run: everything up to the first step is right; nothing was written"
-            )
-            return 0
+            if config.dry_run:
+                # The trainer makes its folder when it is built, and a dry run leaves nothing.
+                with TemporaryDirectory() as temporary:
+                    run_folder = Path(temporary)
+                    build_session(config, run_folder, record, is_main_process, machine, sources)
+                if is_main_process:
+                    console.print_line("Dry run: the run could start, and nothing was written.")
+                return 0
+            session = build_session(config, folder, record, is_main_process, machine, sources)
+            outcome = fit(replace(session, after_save=after_save))
     # Signals and Ctrl-C are no Exceptions, and the record tells of those ends too.
     except BaseException as error:
         if is_recorded:
             _record_failure(record, error)
-        raise
-    finally:
-        if is_recorded:
             _write_report(folder)
+        raise
+    # The trackers print when they close, and what counts stands last.
+    if is_main_process:
+        _write_report(folder)
+        _print_outcome(outcome, record, config)
+    return outcome.exit_code
+
+
+def _print_outcome(outcome: RunOutcome, record: RunRecord, config: RunConfig) -> None:
+    """Print the results of a finished run, or where a stopped one stopped."""
+    if outcome.stopped_step is not None:
+        console.print_line(
+            f"\nStopped after step {outcome.stopped_step:,}. Run the same command to resume."
+        )
+        return
+    console.print_replies(outcome.reply_rows, config.trainer.evaluation.samples)
+    # The card and the report were written after the record was closed.
+    entries = record.entries | {"seconds": record.total_seconds()}
+    console.print_results(entries, record.path.parent, config)
 
 
 def seed_everything(config: RunConfig) -> None:
@@ -155,6 +174,7 @@ def build_session(
     check_vocabulary_in_files(tokenizer, config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.trains_on_chats else None
     row_encoders = methods.make_row_encoders(config, tokenizer)
+    _announce("the data", is_main_process)
     prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed, sources)
     # Before the model, which may take minutes to load.
     images = find_row_images(config, prepared)
@@ -172,6 +192,7 @@ def build_session(
     _check_launch(config, args, architecture, prepared.has_images)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
+    _announce(f"the model {config.model.path}", is_main_process)
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
     vision_tower.check_trained_parts(model, config, images is not None)
@@ -198,18 +219,16 @@ def build_session(
         written = inputs | {"data": data_facts(prepared), "code": code}
         _record_inputs(record, written, trainer, launch, encoder)
     reply_generator = _make_reply_generator(trainer_inputs, trainer, encoder, record)
+    callback = evaluation.add_evaluation_callbacks(trainer, reply_generator, config, folder)
     return TrainingSession(
-        config=config,
-        folder=folder,
-        record=record,
-        is_main_process=is_main_process,
-        encoder=encoder,
-        trainer=trainer,
-        reply_generator=reply_generator,
-        replies_callback=evaluation.add_evaluation_callbacks(
-            trainer, reply_generator, config, folder
-        ),
+        config, folder, record, is_main_process, encoder, trainer, reply_generator, callback
     )
+
+
+def _announce(what: str, is_main_process: bool) -> None:
+    """Print what is loaded next, which may take minutes."""
+    if is_main_process:
+        console.print_line(f"loading   {what}")
 
 
 def _check_launch(config: RunConfig, args: Any, architecture: Any, has_images: bool) -> None:
@@ -292,11 +311,14 @@ def _record_inputs(
 
 def _add_callbacks(trainer: Any, config: RunConfig, folder: Path) -> None:
     """Add what a run shows and writes between its steps."""
-    # The callback of transformers writes each log as a dict above its bar; a line is easier to
-    # read.
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressLineCallback)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    metrics = parse_metrics(config.trainer.evaluation.metrics)
+    measures = [*trainer.result_metrics, *(metric.name for metric in metrics)]
+    unit = "completion" if METHODS[config.trainer.base_method].uses_rewards else "row"
+    rows = pluralize(trainer.get_total_train_batch_size(trainer.args), unit)
+    trainer.add_callback(ProgressLineCallback(rows, measures, not trainer.args.disable_tqdm))
+    trainer.add_callback(LastLogCallback())
     profiler.add_profiler(trainer, config, folder)
 
 
@@ -323,7 +345,7 @@ def _report_data(
     if not config.dry_run:
         console.write_dropped(prepared, folder)
         numbers = collect_data_numbers(prepared, config.chat.max_length)
-        plot_data(numbers, folder.name, folder / "data.png")
+        plot_data(numbers, run_title(config, folder), folder / "data.png")
         write_data_summary(folder, config, prepared, tokenizer)
 
 

@@ -1,14 +1,16 @@
 """What a run prints: its data before the first step, its results after the last."""
 
+import math
 import shlex
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from luthier.config.library_settings import LoraSettings, QuantizationSettings
+from luthier.config.methods import METHODS
+from luthier.config.schema import RunConfig
 from luthier.data.batching.packing import pack_rows
 from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
@@ -21,9 +23,22 @@ from luthier.model.load import describe_packing
 from luthier.model.model_class import find_text_modules
 from luthier.record.checkpoints import ROLLOUTS_FILE
 from luthier.storage.atomic import write_jsonl
-from luthier.terminal import make_console
+from luthier.terminal import (
+    format_count,
+    format_number,
+    format_table,
+    make_block,
+    make_console,
+    pluralize,
+)
 
 console = make_console()
+_LISTED_FILES = (
+    *("model/", "report.html", "loss.png", "data.png", "replies.jsonl", "rollouts.jsonl"),
+    *("dropped.jsonl", "metrics.jsonl", "run.json", "config.yaml", "overrides.yaml"),
+    "before.json",
+)
+"""What a finished run names of its folder, first what a person looks at."""
 
 
 def print_line(text: str) -> None:
@@ -37,15 +52,13 @@ def print_model(
     model: Any, machine: Any, quantization: QuantizationSettings, lora: LoraSettings
 ) -> None:
     """Print how large the model is, how many of its parameters train, and if its experts do."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    trained = sum(size for size, trains in sizes if trains)
     text_config = model.config.get_text_config()
     attention = getattr(text_config, "_attn_implementation", None) or machine.attention
     form = ", quantized" if quantization.is_enabled else ""
     if quantization.dequantize:
         form = ", dequantized"
     print_line(
-        f"model     {type(model).__name__}, {trained / 1e6:.2f} M parameters train, "
+        f"model     {type(model).__name__}, {_describe_trainable(model)}, "
         f"on {machine.device} in {machine.dtype}{form}, "
         f"attention {attention}"
     )
@@ -64,6 +77,26 @@ def print_model(
     experts = describe_experts(model, lora)
     if experts is not None:
         print_line(f"experts   {experts}")
+
+
+def _describe_trainable(model: Any) -> str:
+    """Return how many parameters train, and their share where the size of the model is known."""
+    trained = sum(_count(p) for p in model.parameters() if p.requires_grad)
+    # Other methods than bitsandbytes' hold packed weights in buffers, which tell no number of them.
+    packing = getattr(model, "quantization_method", None)
+    if getattr(model, "is_quantized", False) and packing != "bitsandbytes":
+        return f"{format_count(trained)} parameters train"
+    total = sum(_count(parameter) for parameter in model.parameters())
+    share = trained / max(total, 1)
+    return f"{format_count(trained)} of {format_count(total)} parameters train ({100 * share:.3g}%)"
+
+
+def _count(parameter: Any) -> int:
+    """Return how many numbers a parameter has, also where they are packed or sharded."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:  # bitsandbytes: four bits each, two in a byte
+        return int(math.prod(state.shape))
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _describe_other_parts(model: Any) -> str:
@@ -89,7 +122,7 @@ def _count_layers(part: Any) -> str:
 
     stacks = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
     layers = max(map(len, stacks), default=0)
-    return f" ({layers} {'layer' if layers == 1 else 'layers'})" if layers else ""
+    return f" ({pluralize(layers, 'layer')})" if layers else ""
 
 
 def print_data(prepared: PreparedData, answers: str = "") -> None:
@@ -104,7 +137,7 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
             + ", ".join(p.source.label for p in prepared.train.opened.values())
         )
     for key, found in prepared.unread_keys.items():
-        keys = ", ".join(f"{name} ({n:,} {'row' if n == 1 else 'rows'})" for name, n in found)
+        keys = ", ".join(f"{name} ({pluralize(n, 'row')})" for name, n in found)
         print_line(f"not read  keys of messages in {key}: {keys}")
     for key, source in prepared.sources.items():
         left_out, read_rows = source.left_out_by_map
@@ -116,10 +149,8 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
     if prepared.train_counts.sources:
         shares = prepared.train_counts.sources
         total = sum(shares.values())
-        print_line(
-            "mixture   "
-            + ", ".join(f"{name} {n:,} rows ({n / total:.0%})" for name, n in shares.items())
-        )
+        texts = [f"{name} {pluralize(n, 'row')} ({n / total:.0%})" for name, n in shares.items()]
+        print_line(f"mixture   {', '.join(texts)}")
 
 
 def format_counts(counts: SplitCounts, answers: str) -> str:
@@ -132,10 +163,10 @@ def format_counts(counts: SplitCounts, answers: str) -> str:
     )
     cut = f"; {counts.cut_rows:,} cut to chat.max_length" if counts.cut_rows else ""
     lossy = f"; {counts.lossy_rows:,} not shown whole by the template" if counts.lossy_rows else ""
-    images = f", {counts.images:,} images" if counts.images else ""
+    images = f", {pluralize(counts.images, 'image')}" if counts.images else ""
     return (
-        f"{counts.rows:,} rows, {counts.sequences:,} sequences, longest {counts.longest:,}, "
-        f"{counts.tokens:,} tokens{images}{trains}"
+        f"{pluralize(counts.rows, 'row')}, {pluralize(counts.sequences, 'sequence')}, "
+        f"longest {counts.longest:,}, {pluralize(counts.tokens, 'token')}{images}{trains}"
         f"{cut}{lossy}{'; left out: ' + dropped if dropped else ''}"
     )
 
@@ -145,8 +176,9 @@ def print_packing(prepared: PreparedData, batching: BatchingSettings) -> None:
     if not batching.packing or batching.length is None or not isinstance(prepared.train, TokenRows):
         return
     packed = pack_rows(prepared.train.lengths, batching.length, None)
+    rows = pluralize(len(packed), "row")
     print_line(
-        f"packing   {len(prepared.train):,} sequences in {len(packed):,} rows of "
+        f"packing   {pluralize(len(prepared.train), 'sequence')} in {rows} of "
         f"{batching.length:,} tokens, {packed.efficiency:.1%} full"
     )
 
@@ -155,60 +187,68 @@ def write_dropped(prepared: PreparedData, folder: Path) -> None:
     """Write the rows that were left out or are not whole, with the reasons, beside the run."""
     if prepared.reports:
         write_jsonl(folder / "dropped.jsonl", prepared.reports)
-        print_line(
-            f"          {len(prepared.reports):,} rows with a problem: {folder / 'dropped.jsonl'}"
-        )
+        rows = pluralize(len(prepared.reports), "row")
+        print_line(f"          {rows} with a problem: {folder / 'dropped.jsonl'}")
 
 
 def print_replies(rows: list[dict[str, Any]], limit: int) -> None:
-    """Print replies before and after training side by side with what was expected."""
-    if not rows or not limit:
-        return
-    table = Table(box=box.SIMPLE_HEAD, show_lines=True, title="Held-out rows", title_justify="left")
-    for heading in ("prompt", "before", "after", "expected"):
-        table.add_column(heading, overflow="fold", ratio=1)
-    for row in rows[:limit]:
-        cells = (row["prompt"], row["before"], row["after"], row["expected"])
-        table.add_row(*(escape(_shorten(str(cell))) for cell in cells))
-    console.print(table)
+    """Print replies before and after training with what was expected, a block for each row."""
+    for number, row in enumerate(rows[:limit], start=1):
+        title = f"held-out row {number}{' of ' + row['set'] if 'set' in row else ''}"
+        names = ("prompt", "before", "after", "expected")
+        texts = {name: _shorten(str(row[name])) for name in names}
+        for line in ["", *make_block(title, texts, console.width)]:
+            print_line(line)
 
 
-def print_results(record: dict[str, Any], folder: Path) -> None:
-    """Print the results of a finished run from its record, and where its files are."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="left" if not heading else "right")
+def print_results(record: dict[str, Any], folder: Path, config: RunConfig) -> None:
+    """Print the results of a finished run from its record, its files, and what to do with it."""
     # The records of older versions have less.
     results, seconds = record.get("results", {}), record.get("seconds")
-    for name, pair in results.items():
-        table.add_row(
-            name,
-            *(_format_result(name, pair.get(k)) for k in ("before", "after")),
-        )
-    if results:
-        console.print(table)
+    rows = [
+        [name, *(_format_result(name, pair.get(when)) for when in ("before", "after"))]
+        for name, pair in results.items()
+    ]
+    if rows:
+        print_line("")
+        for line in format_table(["", "before", "after"], rows):
+            print_line(line)
+    print_line("")
     if seconds is not None:
         trained = record.get("training_seconds", 0.0)
-        print_line(f"\ntime      {seconds:.0f} s, of which training {trained:.0f} s")
+        print_line(f"time      {seconds:,.0f} s, of which training {trained:,.0f} s")
     peak = record.get("peak_memory_gib", {}).items()
     if peak:
         sizes = "  ".join(f"{where} {gib} GiB" for where, gib in peak)
         print_line(f"memory    {sizes} at the peak")
-    print_line(
-        f"written   {folder}: model/ loss.png metrics.jsonl replies.jsonl run.json config.yaml"
-    )
+    files = [name for name in _LISTED_FILES if (folder / name).exists()]
+    print_line(f"files     {folder}: {' '.join(files)}")
+    commands = _next_commands(folder, config)
+    for label, command in zip(chain(["next"], repeat("")), commands, strict=False):
+        print_line(f"{label:<10}{command}")
+
+
+def _next_commands(folder: Path, config: RunConfig) -> list[str]:
+    """Return the commands that a user is likely to want next."""
+    run, method = shlex.quote(str(folder)), METHODS[config.trainer.base_method]
+    names = ["chat"] if method.writes_replies and method.trains_on_chats else []
+    names.append("evaluate")
+    if (folder / "model" / "adapter_config.json").is_file():
+        names.append("merge")
+    commands = [f"luthier {name} {run}" for name in names]
     if (folder / ROLLOUTS_FILE).is_file():
-        print_line(f"rollouts  luthier show {shlex.quote(str(folder))} --rollouts")
+        commands.append(f"luthier show {run} --rollouts")
+    return commands
 
 
 def _format_result(name: str, value: float | None) -> str:
     """Return a result as text; an empty one where nothing was measured."""
     if value is None:
         return ""
-    return f"{value:.1%}" if name == "exact_match" else f"{value:.4f}"
+    return f"{value:.1%}" if name.rpartition("/")[2] == "exact_match" else format_number(value)
 
 
-def _shorten(text: str, limit: int = 160) -> str:
+def _shorten(text: str, limit: int = 320) -> str:
     """Return a text as one line, cut where it is longer than `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[:limit] + " ..."

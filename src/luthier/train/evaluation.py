@@ -27,6 +27,7 @@ from luthier.metrics import (
     score_replies,
 )
 from luthier.model.varlen_attention import attention_by_masks
+from luthier.terminal import ProgressReport
 from luthier.train import trackers
 
 if TYPE_CHECKING:
@@ -187,19 +188,15 @@ class ReplyGenerator:
     def _generate_answers(self, prompts: EvalPrompts, when: str) -> list[Answer]:
         """Return the text of each reply, and the message that it is."""
         from accelerate import PartialState
-        from tqdm import tqdm
 
         state, tokenizer = PartialState(), self._trainer.processing_class
+        is_main_process = state.is_main_process
         # Every n-th question is this rank's.
         rank_questions = prompts.questions[state.process_index :: state.num_processes]
         set_name = f" ({prompts.name})" if prompts.name else ""
         with (
-            tqdm(
-                total=len(rank_questions),
-                desc=f"replies {when}{set_name}",
-                unit="row",
-                leave=False,
-                disable=not state.is_main_process or self._trainer.args.disable_tqdm,
+            ProgressReport(
+                len(rank_questions), f"replies {when}{set_name}", is_silent=not is_main_process
             ) as bar,
             gathered_weights(self._trainer) as model,
             attention_by_masks(model),

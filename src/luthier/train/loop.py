@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -33,7 +33,9 @@ from luthier.storage.atomic import write_json, write_jsonl
 from luthier.storage.manifest import compute_seal
 from luthier.storage.output_folder import publish_folder, seal_model
 from luthier.storage.typed_files import DamagedFileError, load_json
+from luthier.terminal import pluralize
 from luthier.train import console, trackers
+from luthier.train.arguments import run_title
 from luthier.train.callbacks import RestoreCountersCallback, StopCallback
 from luthier.train.evaluation import (
     EvalPrompts,
@@ -73,6 +75,17 @@ class TrainingSession:
     """What is called with the folder of the finished run; None calls nothing."""
 
 
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a training ended, and what is printed of it last."""
+
+    exit_code: int
+    stopped_step: int | None = None
+    """The step after which a signal stopped it; None for one that came to its end."""
+    reply_rows: list[dict[str, Any]] = field(default_factory=list)
+    """The prompts that were answered, with the replies before and after training."""
+
+
 class Measurement(TypedDict):
     """How good the model is at one point of a run."""
 
@@ -94,10 +107,10 @@ class StartMeasurement(Measurement):
     """The hash of all the rest."""
 
 
-def fit(session: TrainingSession) -> int:
-    """Measure, train, measure again, save and report; return the exit code.
+def fit(session: TrainingSession) -> RunOutcome:
+    """Measure, train, measure again, save and record; return how it ended.
 
-    A run that was stopped goes on from its newest checkpoint. Raises UserError where the disk is
+    A run that was stopped resumes from its newest checkpoint. Raises UserError where the disk is
     full.
     """
     trainer = session.trainer
@@ -115,19 +128,21 @@ def fit(session: TrainingSession) -> int:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.monotonic() - began - start.seconds_in_loop
         after = None if trainer.stop_signal else _measure_after_training(session)
+        step = int(trainer.state.global_step)
         if after is None:
-            _report_stop(session)
+            outcome = RunOutcome(STOPPED_EXIT_CODE, stopped_step=step)
+            _record_stop(session, step)
         else:
             save_model(session)
             assert start.measurement is not None
-            _report_results(session, start.measurement, after, seconds)
+            rows = _write_results(session, start.measurement, after, seconds)
+            outcome = RunOutcome(0, reply_rows=rows)
     # The process group must be gone before the process is, or gloo may abort at exit.
     trainer.end()
-    if after is not None:
-        return 0
-    if not session.is_main_process and "TORCHELASTIC_RUN_ID" in os.environ:
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if after is None and is_launched and not session.is_main_process:
         time.sleep(_EXIT_GRACE_SECONDS)
-    return STOPPED_EXIT_CODE
+    return outcome
 
 
 def _choose_checkpoint(session: TrainingSession) -> Path | None:
@@ -144,10 +159,11 @@ def _choose_checkpoint(session: TrainingSession) -> Path | None:
         newest = checkpoints.find_newest_checkpoint(folder)
         for sentence in newest.skipped:
             console.print_line(sentence)
-        if newest.path is not None:
-            console.print_line(f"goes on from {newest.path}")
-        elif newest.skipped:
-            console.print_line("there is no whole checkpoint, so the training begins again")
+        if newest.path is None and newest.skipped:
+            console.print_line("No checkpoint is complete, so the training starts again.")
+        elif newest.path is not None and newest.skipped:
+            step = checkpoints.checkpoint_step(newest.path)
+            console.print_line(f"resuming at step {step:,} instead, from {newest.path}")
         chosen = [newest.path]
     if trainer.accelerator.num_processes > 1:
         broadcast_object_list(chosen)
@@ -157,16 +173,16 @@ def _choose_checkpoint(session: TrainingSession) -> Path | None:
         if unseen and session.is_main_process:
             console.print_line(
                 f"output    {session.folder} is not shared: {unseen} cannot see it. "
-                "Checkpoints will lack their random state, so a stopped run could not go on."
+                "Checkpoints will lack their random state, so a stopped run could not resume."
             )
         return None
     _refuse_unseen_checkpoint(session, checkpoint)
     step, planned_steps = checkpoints.checkpoint_step(checkpoint), trainer.count_planned_steps()
     if step > planned_steps:
         raise UserError(
-            f"trainer.args: the run is at step {step} already ({checkpoint}), and "
-            f"{planned_steps} steps are asked for.\nAsk for at least as many, choose "
-            "another output_dir=..., or overwrite=true to begin anew."
+            f"trainer.args: this run has taken {step:,} steps already ({checkpoint}), more than "
+            f"the {planned_steps:,} that the settings give it now.\nSet at least as many steps, "
+            "choose another output_dir=..., or start again with overwrite=true."
         )
     # Only now, as the refusal shall leave the run as it is.
     if session.is_main_process:
@@ -182,9 +198,9 @@ def _refuse_unseen_checkpoint(session: TrainingSession, checkpoint: Path) -> Non
     unseen = describe_ranks_without(checkpoint / name)
     if unseen:
         raise UserError(
-            f"output_dir: the run goes on from {checkpoint}, but {unseen} cannot see their part "
+            f"output_dir: the run resumes from {checkpoint}, but {unseen} cannot see their part "
             "of it.\nThe output_dir of a run over several machines must be on a file system that "
-            "all of them share: copy it to one, or begin anew with overwrite=true."
+            "all of them share: copy it to one, or start again with overwrite=true."
         )
 
 
@@ -260,7 +276,7 @@ def _read_start_measurement(
         if checkpoint is not None:
             raise
         if session.is_main_process:
-            console.print_line(f"{damage} Nothing was trained yet, so it is measured again.")
+            console.print_line(f"{damage} Nothing was trained yet, so the start is measured again.")
         return None
     if session.is_main_process:
         for name in checkpoints.STEP_LOGS:
@@ -268,7 +284,7 @@ def _read_start_measurement(
                 session.folder / name, start.get("logs", {}).get(name)
             )
             if problem:
-                console.print_line(f"{problem}, and was put back from {path.name}")
+                console.print_line(f"{problem} and has been restored from {path.name}")
     return start
 
 
@@ -300,6 +316,8 @@ def _measure(
     """
     if is_interrupted():
         return None
+    if session.is_main_process:
+        _announce_measurement(session, when)
     step = _step_of_weights(session.trainer)
     evaluation = _evaluate_once(session.trainer, step)
     results = _held_out_results(session.trainer, evaluation)
@@ -313,6 +331,21 @@ def _measure(
         measurement["replies"][prompts.name] = replies.texts
         measurement["scores"][prompts.name] = replies.scores
     return measurement
+
+
+def _announce_measurement(session: TrainingSession, when: str) -> None:
+    """Print what is measured, which may take minutes, and what makes it shorter."""
+    sets = session.trainer.eval_dataset
+    rows = sum(map(len, sets.values() if isinstance(sets, dict) else [sets])) if sets else 0
+    prompt_sets = session.reply_generator.prompt_sets
+    replies = sum(len(prompts.questions) for prompts in prompt_sets)
+    texts = [f"the loss of {pluralize(rows, 'held-out row')}"] if rows else []
+    if replies:
+        has_metrics = any(prompts.metrics for prompts in prompt_sets)
+        setting = "rows=20 for fewer" if has_metrics else "samples=0 for none"
+        texts.append(f"{pluralize(replies, 'reply', 'replies')} (trainer.evaluation.{setting})")
+    if texts:
+        console.print_line(f"measuring {when}: {' and '.join(texts)}")
 
 
 def _step_of_weights(trainer: Any) -> int:
@@ -419,20 +452,18 @@ def _find_processor(session: TrainingSession) -> tuple[ProcessorFile, ...]:
     files = find_processor_files(model)
     if not files and session.is_main_process and has_other_inputs(session.trainer.model.config):
         console.print_line(
-            f"processor {model.path} has no processor's files on this machine (such as "
-            "processor_config.json): what this run saves reads text alone"
+            f"processor {model.path} has no processor files on this machine (such as "
+            "processor_config.json), so the saved model will read text only."
         )
     return files
 
 
-def _report_stop(session: TrainingSession) -> None:
-    """Write and say where the run stopped and how it goes on."""
-    if not session.is_main_process:
-        return
-    step, name = int(session.trainer.state.global_step), signal_name(session.trainer.stop_signal)
-    session.record.update_session(to_step=step, signal=name)
-    session.record.end("stopped")
-    console.print_line(f"stopped by {name} behind step {step}; the same command goes on from there")
+def _record_stop(session: TrainingSession, step: int) -> None:
+    """Record the step after which a signal stopped the run, on the first rank."""
+    if session.is_main_process:
+        name = signal_name(session.trainer.stop_signal)
+        session.record.update_session(to_step=step, signal=name)
+        session.record.end("stopped")
 
 
 def save_model(session: TrainingSession) -> None:
@@ -485,19 +516,22 @@ def save_serving_files(folder: Path, trainer: Any, encoder: ChatEncoder) -> None
     config.to_json_file(folder / "generation_config.json")
 
 
-def _report_results(
+def _write_results(
     session: TrainingSession, before: Measurement, after: Measurement, training_seconds: float
-) -> None:
-    """Write replies, plot and record, write the card, tell the trackers, print the summary."""
+) -> list[dict[str, Any]]:
+    """Write replies, plot, record and card, and tell the trackers; return the rows of replies.
+
+    Only the first rank does, and the others return no rows.
+    """
     if not session.is_main_process:
-        return
+        return []
     folder, config, record = session.folder, session.config, session.record
     rows: list[dict[str, Any]] = []
     for prompts in session.reply_generator.prompt_sets:
         rows += _reply_rows(prompts, before, after)
     write_jsonl(folder / "replies.jsonl", rows)
     metrics = checkpoints.read_step_log(folder / "metrics.jsonl")
-    plot_loss(metrics, config.recipe or folder.name, folder / "loss.png")
+    plot_loss(metrics, run_title(config, folder), folder / "loss.png")
     trackers.log_results(config, after["results"], rows)
     results = {
         name: {"before": before["results"].get(name), "after": after["results"].get(name)}
@@ -511,8 +545,7 @@ def _report_results(
     if problem:
         console.print_line(f"card      not written: {problem}")
     trackers.log_files(config, folder)
-    console.print_replies(rows, config.trainer.evaluation.samples)
-    console.print_results(record.entries, folder)
+    return rows
 
 
 def _reply_rows(

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,12 +50,14 @@ def run(loaded: "LoadedConfig", after_save: "AfterSave | None" = None) -> int:
     The code is `signals.STOPPED_EXIT_CODE` where a signal ended the run and the same command
     continues it.
     """
+    began = time.monotonic() if loaded.began is None else loaded.began
     # First, because libraries read some variables when they are imported.
     set_environment(loaded.config)
     folder = Path(loaded.config.output_dir)
+    _print_on_first_rank(_describe_start(loaded.config, folder))
     with SIGNALS.listening(), explain_write_errors(folder, "output_dir"):
         try:
-            code = _check_and_train(loaded, folder, after_save)
+            code = _check_and_train(loaded, folder, after_save, began)
         except StoppedBySignal as stopped:
             print(f"\n{_describe_early_stop(stopped, folder)}", file=sys.stderr)
             code = STOPPED_EXIT_CODE
@@ -101,11 +104,29 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     return sources
 
 
-def _check_and_train(loaded: "LoadedConfig", folder: Path, after_save: "AfterSave | None") -> int:
-    """Check the config, take the run's directory and train; return the exit code."""
+def _print_on_first_rank(text: str) -> None:
+    """Print at once, and once, however many processes there are."""
+    # From the environment, as torch is not imported yet.
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def _describe_start(config: RunConfig, folder: Path) -> str:
+    """Return what runs, and into which folder."""
+    name = config.recipe or f"{config.trainer.method} of {config.model.path}"
+    return f"{name} -> {'nothing is written (dry run)' if config.dry_run else folder}"
+
+
+def _check_and_train(
+    loaded: "LoadedConfig", folder: Path, after_save: "AfterSave | None", began: float
+) -> int:
+    """Check the config, take the run's directory and train; return the exit code.
+
+    `began` is when the command did, by `time.monotonic`.
+    """
     code = describe_code(loaded.resolved)
-    if code is not None and os.environ.get("RANK", "0") == "0":
-        print(code, flush=True)
+    if code is not None:
+        _print_on_first_rank(code)
     sources = check_before_torch(loaded.config)
     with _open_run_dir(loaded, folder) as run_dir:
         # The others wait for the first process, which alone has the folder.
@@ -126,14 +147,17 @@ def _check_and_train(loaded: "LoadedConfig", folder: Path, after_save: "AfterSav
             refuse_damaged_model(folder)
             from luthier.train import console
 
-            console.print_line(
-                f"{folder} holds this run, finished; overwrite=true trains it again.\n"
-            )
-            console.print_results(read_record(folder), folder)
+            console.print_line("This run is finished already. overwrite=true trains it again.")
+            console.print_results(read_record(folder), folder, loaded.config)
             return 0
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        if run_dir.state == "unfinished" and checkpoints:
+            _print_on_first_rank(f"resuming at step {checkpoints[-1][0]:,}")
+        if "torch" not in sys.modules:
+            _print_on_first_rank("loading   torch and transformers")
         from luthier.train.build import build_and_fit
 
-        return build_and_fit(loaded, folder, sources, after_save)
+        return build_and_fit(loaded, folder, sources, after_save, began)
 
 
 def _compare_code(loaded: "LoadedConfig", folder: Path, is_finished: bool) -> None:

@@ -86,8 +86,8 @@ class SignalListener:
         if not self.is_deferred:
             raise StoppedBySignal(signal_name(number))
         if os.environ.get("RANK", "0") == "0":
-            more = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-            notice = "the run stops with a checkpoint at the end of this step"
+            more = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
+            notice = "stopping after this step, with a checkpoint."
             # Not print, which a signal handler may interrupt in the middle of itself.
             os.write(sys.stderr.fileno(), f"\n{signal_name(number)}: {notice}{more}\n".encode())
 

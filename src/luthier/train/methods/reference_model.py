@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from tqdm import tqdm
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import TableWithColumns
@@ -23,6 +22,7 @@ from luthier.model.device import Machine
 from luthier.model.expert_adapters import add_drawn_adapter
 from luthier.model.load import load_model
 from luthier.model.trainable import add_new_rows
+from luthier.terminal import ProgressReport
 
 ADAPTER_COPY = "ref"
 """TRL's name for its copy of an adapter."""
@@ -89,8 +89,9 @@ def _score_batches(
     """The numbers of some rows, and what the reference says of them; on all ranks for all."""
     loader = trainer._get_dataloader(rows, "Reference", batch_size)
     title = f"reference on {name or 'held-out'} rows"
-    is_hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
-    for batch in tqdm(loader, desc=title, disable=is_hidden):
+    is_silent = not trainer.is_world_process_zero()
+    report = ProgressReport(len(loader), title, "batches", is_silent)
+    for batch in loader:
         inputs = trainer._prepare_inputs(batch)
         scores, real = trainer.score_reference(inputs), inputs["real"]
         scored_rows = (
@@ -98,6 +99,8 @@ def _score_batches(
             {column: values[real].float().cpu().numpy() for column, values in scores.items()},
         )
         yield from gather_object([scored_rows]) if trainer.args.world_size > 1 else [scored_rows]
+        report.update()
+    report.close()
 
 
 # TRL 1.16 copies the adapter of a model as one called "ref", to be the reference of an adapter

@@ -1,6 +1,7 @@
 """What luthier promises of every trainer, on top of TRL's and transformers' own."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +25,7 @@ from luthier.model.device import preserve_random_state
 from luthier.model.fused_head import use_head_log_probs
 from luthier.model.processor import ProcessorFile, copy_processor_files
 from luthier.record.checkpoints import COUNTERS_FILE, CheckpointLimits, copy_logs
+from luthier.record.machine_info import memory_gib
 from luthier.storage.atomic import write_json
 from luthier.storage.typed_files import load_json
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
@@ -85,6 +87,10 @@ class TrainerMixin(Base):
     _has_reported_budget = False
     _was_ended = False
     """Whether a callback had ended the training at the checkpoint that it resumes."""
+    _paused_seconds = 0.0
+    """What evaluations and checkpoints have taken."""
+    _speed_mark: tuple[float, int] | None = None
+    """The seconds of training and the tokens at the last line of the log; None if not known."""
     _gradient_norms: list[tuple[int, Any]]
     """Each step and the norm of its gradient, since they were last looked at."""
 
@@ -118,6 +124,7 @@ class TrainerMixin(Base):
             sharded_weights.choose_layers(self)
         self._gradient_norms = []
         self._was_ended = False
+        self._speed_mark = None
         self._resumed_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._stop_if_not_finite()
@@ -281,7 +288,7 @@ class TrainerMixin(Base):
 
         So there is an `eval_loss` to choose a checkpoint by, however many sets there are.
         """
-        with preserve_random_state():
+        with preserve_random_state(), self._pause_clock():
             sets = self.eval_dataset if eval_dataset is None else eval_dataset
             if not isinstance(sets, dict):
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -296,10 +303,30 @@ class TrainerMixin(Base):
     def add_log_means(self, logs: dict[str, float]) -> None:
         """Add means since the last line of metrics to `logs`; called on all ranks."""
 
+    @contextmanager
+    def _pause_clock(self) -> Iterator[None]:
+        """Leave the block out of the time that steps take."""
+        began = time.monotonic()
+        yield
+        self._paused_seconds += time.monotonic() - began
+
+    def _add_speed(self, logs: dict[str, float]) -> None:
+        """Add the tokens that all ranks have trained on in a second since the last line."""
+        if "num_tokens" not in logs:
+            return
+        seconds, tokens = time.monotonic() - self._paused_seconds, int(logs["num_tokens"])
+        if self._speed_mark is not None:
+            earlier, earlier_tokens = self._speed_mark
+            speed = (tokens - earlier_tokens) / max(seconds - earlier, 1e-9)
+            logs["tokens_per_second"] = round(speed, 1)
+        self._speed_mark = seconds, tokens
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and stop on a loss that is not finite."""
         if self.model.training and "loss" in logs:
             self.add_log_means(logs)
+            self._add_speed(logs)
+            logs["memory_gib"] = round(memory_gib(), 3)
             self._stop_if_not_finite(logs["loss"])
         if "train_loss" in logs:
             if self.stop_signal:
@@ -404,6 +431,7 @@ class TrainerMixin(Base):
     def restore_counters(self) -> None:
         """Load the counters of the checkpoint that the training resumes; call it as it begins."""
         if self._resumed_checkpoint is None:
+            self._speed_mark = time.monotonic() - self._paused_seconds, 0
             return
         file = self._resumed_checkpoint / COUNTERS_FILE.format(rank=self.args.process_index)
         self.load_counter_state(load_json(file, dict[str, Any]))
@@ -465,7 +493,8 @@ class TrainerMixin(Base):
             # Of two callbacks of one class transformers 5.23 adds both states at each checkpoint.
             if isinstance(states, list):
                 states.clear()
-        write_checkpoint(self, folder, partial(super()._save_checkpoint, model, trial))
+        with self._pause_clock():
+            write_checkpoint(self, folder, partial(super()._save_checkpoint, model, trial))
 
     def report_over_budget(self, sentence: str) -> None:
         """Print, once, that the checkpoints which must stay are more than the budget."""
