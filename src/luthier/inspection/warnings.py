@@ -109,7 +109,7 @@ def collect_run_facts(
         else None,
         processes=processes,
         model_fields=fields,
-        end_tokens=[*stops, *end_token_ids(config.model), *_listed(fields.get("eos_token_id"))],
+        end_tokens=[*stops, *_model_ends(config), *_listed(fields.get("eos_token_id"))],
         tokenizer_end=tokenizer.eos_token_id,
         parameters=None if folder is None else count_parameters(folder),
         untrained_tokens=untrained,
@@ -128,6 +128,11 @@ def _read_fields(config: RunConfig) -> dict[str, Any]:
         return {}
     text_config = content.get("text_config")
     return {**content, **(text_config if isinstance(text_config, dict) else {})}
+
+
+def _model_ends(config: RunConfig) -> list[int]:
+    # A model that a function of the user's own loads may have no files that transformers reads.
+    return [] if config.model.loader is not None else end_token_ids(config.model)
 
 
 def _listed(value: Any) -> list[int]:

@@ -62,7 +62,8 @@ def find_weights_folder(config: ModelConfig) -> Path | None:
     try:
         file = source.find_gguf_file(config.path)
         folder = source.local_folder(config) if file is None else gguf.converted_folder(file)
-    except (UserError, OSError):
+    # ValueError: a path that a function of the user's own loads is no name of a repository.
+    except (UserError, OSError, ValueError):
         return None
     return folder if folder is not None and folder.is_dir() else None
 
