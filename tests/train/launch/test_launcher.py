@@ -15,7 +15,7 @@ from helpers.train_command import end, environment, record, until, words
 from luthier.cli.launch import choose_launch_file
 from luthier.cli.main import main
 from luthier.errors import LAUNCH_VARIABLE
-from luthier.train.launch import request
+from luthier.train.launch import launcher, request
 from luthier.train.launch.request import find_launch_file, format_train_command
 
 ROOT = Path(__file__).parents[3]
@@ -156,6 +156,33 @@ def test_a_mistake_starts_no_process(typed, message, tmp_path, monkeypatch, caps
     assert (ended.value.code, out) == (2, "")
     assert message in err
     assert psutil.Process().children() == []
+
+
+class Failure:
+    """What torchrun keeps of a process that failed, in the order in which it noticed them."""
+
+    def __init__(self, exitcode, message=None, is_lost=False):
+        self.exitcode = exitcode
+        data = {"message": {"message": message}, "is_lost": is_lost}
+        self.error_file_data = data if message else {}
+
+
+LOST = Failure(1, "another process has ended", is_lost=True)
+CAUSES = {
+    "a mistake of all": ({0: Failure(2, "no"), 1: Failure(2, "no")}, 0),
+    "a mistake of the second": ({0: LOST, 1: Failure(2, "no")}, 1),
+    "a mistake, and others that were ended": ({1: Failure(2, "no"), 0: Failure(-15)}, 1),
+    "one that was killed": ({0: LOST, 1: Failure(-9)}, 1),
+    "stopped, and one that was ended": ({0: Failure(75), 1: Failure(-15)}, 0),
+    "stopped, but for a mistake": ({0: Failure(75), 1: Failure(2, "no")}, 1),
+    "an error without a message": ({1: Failure(1), 0: Failure(-15)}, 1),
+    "a process on another machine": ({0: LOST}, 0),
+}
+
+
+@pytest.mark.parametrize(("failures", "rank"), CAUSES.values(), ids=CAUSES)
+def test_the_failure_that_is_reported_is_the_cause(failures, rank):
+    assert launcher._choose_failure(failures)[0] == rank
 
 
 OWN = {"process": os.getppid(), "flags": ["--config_file", "x.yaml"]}

@@ -129,19 +129,15 @@ def _report_failure(error: Any, logs: Path, local_processes: int, sent: list[int
 
 
 def _choose_failure(failures: dict[int, Any]) -> tuple[int, Any]:
-    """Return the failure that is the cause of the others, with its rank."""
+    """Return the failure that is the cause of the others, with its rank.
 
-    def order(entry: tuple[int, Any]) -> tuple[int, int, int]:
-        rank, failure = entry
-        data = failure.error_file_data
-        is_told = isinstance(data.get("message"), dict)
-        if failure.exitcode == STOPPED_EXIT_CODE:
-            kind = 3
-        elif data.get("is_lost"):  # it only noticed that another one was gone
-            kind = 2
-        else:
-            kind = 0 if is_told or failure.exitcode < 0 else 1
-        return kind, failure.timestamp, rank
+    That is the first one that torchrun noticed, as it ends all other processes by signals then; but
+    for processes that left a message, and for those that only noticed that another one was gone.
+    """
+
+    def order(entry: tuple[int, Any]) -> tuple[bool, bool]:
+        data = entry[1].error_file_data
+        return bool(data.get("is_lost")), not isinstance(data.get("message"), dict)
 
     return min(failures.items(), key=order)
 
