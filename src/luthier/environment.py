@@ -68,6 +68,8 @@ def set_environment(config: "RunConfig") -> None:
     if config.trainer.args.disable_tqdm or not shows_bars() or os.environ.get("RANK", "0") != "0":
         hide_progress_bars()
     quiet_bitsandbytes()
+    # The libraries announce to each other what they will rename: trl 1.16 reads
+    # `is_gradient_checkpointing`, which transformers 5.23 calls deprecated. Others' stay.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|trl\.|peft\.")
     # Waiting threads that spin would starve every other process on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -147,8 +147,9 @@ def _check_and_train(
             refuse_damaged_model(folder)
             from luthier.train import console
 
-            console.print_line("This run is finished already. overwrite=true trains it again.")
-            console.print_results(read_record(folder), folder, loaded.config)
+            if os.environ.get("RANK", "0") == "0":
+                console.print_line("This run is finished already. overwrite=true trains it again.")
+                console.print_results(read_record(folder), folder, loaded.config)
             return 0
         checkpoints = list_checkpoints(folder / "checkpoints")
         if run_dir.state == "unfinished" and checkpoints:
