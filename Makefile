@@ -14,7 +14,7 @@ DOWNLOAD := 0.5 GB to download, 2 GB on disk$(if $(CPU_TORCH)$(filter Darwin,$(s
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 FAST = $(TESTS) --dist loadfile -m "not train"
 
-.PHONY: help quickstart announce test test-all test-fast lint docs clean
+.PHONY: help reference quickstart announce test test-all test-fast lint docs clean
 
 help:
 	@echo "make quickstart   fine-tune a small real model on this machine (5 to 10 minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-fast    the tests that train nothing"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         build the documentation's site into site/"
+	@echo "make reference    docs/reference.md anew, from the schema and the comments in conf"
 	@echo "make clean        remove the virtual environment and build files"
 
 quickstart: announce $(VENV)/.run
@@ -91,6 +92,9 @@ $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reference: $(VENV)/.run
+	$(BIN)/luthier schema --markdown -o docs/reference.md
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

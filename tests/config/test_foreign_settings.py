@@ -79,7 +79,7 @@ def test_what_stands_for_a_value_can_be_typed(text):
         ("load_in_4bit=true", "written quantization=nf4."),
         ("load_in_4bit=false", "Leave it out: luthier does this by default."),
         ("adapter=qlora", "written lora=default quantization=nf4."),
-        ("adapter=mine", "it is lora and quantization. Other options: luthier explain lora."),
+        ("adapter=mine", "it is lora or quantization. Other options: luthier explain lora."),
         ("datasets=a.jsonl", "no such key. One source is dataset=files dataset.path=PATH"),
     ],
 )

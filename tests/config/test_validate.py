@@ -9,7 +9,7 @@ Q = "recipe=quickstart"
 
 ONE_MISTAKE = {
     # nothing or the wrong thing is chosen
-    "nothing": ([], ["recipe: nothing is chosen", "quickstart", "model=NAME and dataset=NAME"]),
+    "nothing": ([], ["recipe: nothing is chosen", "recipe=quickstart trains", "model=NAME and dataset=NAME"]),
     "no dataset": (["model=smollm2_135m"], ["dataset: nothing is chosen. Add dataset=NAME: files"]),
     "no model": (["dataset=quickstart"], ["model: nothing is chosen. Add model=NAME: hub"]),
     "recipe": (["recipe=quikstart"], ["no recipe 'quikstart'", "Did you mean quickstart?"]),
@@ -20,6 +20,15 @@ ONE_MISTAKE = {
     "recipe as a file": (["recipe=recipes/quickstart.yaml"], ["Write recipe=quickstart."]),
     "option": ([Q, "lora=smal"], ["lora: there is no lora option 'smal'. Did you mean small?"]),
     "option, its beginning": ([Q, "model=smol"], ["Did you mean smollm2_135m or"]),
+    "option, a model's name": (
+        [Q, "model=Qwen/Qwen3-0.6B"],
+        ["no option but a path. Write model=hub model.path=Qwen/Qwen3-0.6B."],
+    ),
+    "option, a file": (
+        [Q, "dataset=my.jsonl"],
+        ["no option but a path. Write dataset=files dataset.path=my.jsonl."],
+    ),
+    "option, a dataset's name": ([Q, "dataset=org/rows"], ["dataset=hub dataset.path=org/rows."]),
     "option, a number": ([Q, "model=5"], ["no model option '5'"]),
     "option, null": ([Q, "lora=null"], ["lora: null is not an option. Write lora=none."]),
     "option, added": ([Q, "+lora=small"], ["would add a second lora. Write lora=small."]),

@@ -132,6 +132,21 @@ COMMANDS = {
         "luthier.cli.doctor:run",
     ),
     "docs": Command("docs [PAGE]", "the documentation of this version", "luthier.cli.docs:run"),
+    "explain": Command(
+        "explain KEY [recipe=NAME]",
+        "what a setting takes and means, and its value",
+        "luthier.cli.explain:run",
+    ),
+    "schema": Command(
+        "schema [-o FILE]",
+        "a recipe's JSON Schema, for editors",
+        "luthier.cli.schema:run",
+    ),
+    "completion": Command(
+        "completion bash|zsh|fish",
+        "a script that completes what is typed",
+        "luthier.cli.completion:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.cli.recipes:run"
     ),
@@ -154,6 +169,11 @@ def main() -> None:
         print(f"luthier {__version__}")
         sys.exit(0)
     try:
+        if arguments[0] == "__complete":
+            # What a completion script calls at each Tab; no user types it.
+            from luthier.cli.completion import answer
+
+            sys.exit(answer(arguments[1:]))
         if arguments[0] not in COMMANDS:
             raise UserError(unknown_command_message(arguments[0]))
         # Commands return an exit code: only this function ends the process, so tests can call them.

@@ -4,14 +4,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
-
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, NamedTuple
 
 import luthier
 from luthier import errors
 from luthier.cli.arguments import TRUST
-from luthier.config import hydra_plugins, recipes
+from luthier.config import recipes
 from luthier.config.code_settings import CODE_SETTINGS
 from luthier.config.compose import CONFIG_NAME, check_overrides, compose_config, resolve_config
 from luthier.config.load import LoadedConfig, check_composed, format_mistakes, load_config
@@ -21,6 +19,9 @@ from luthier.errors import UserError, nearest_option
 from luthier.redaction import redact, remember_secrets
 from luthier.storage.write_errors import report_machine_error
 from luthier.terminal import guard_output, leave_closed_pipe, print_yaml
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Columns of what `--help` prints.
 _WIDTH = 100
@@ -96,7 +97,7 @@ def _help_table(texts: dict[str, str]) -> list[str]:
 INTERRUPTED_EXIT_CODE = 130
 """The exit code of a program that SIGINT ended, as shells have it."""
 
-_FLAGS = (
+FLAGS = (
     *("--help", "--version", "--cfg", "--resolve", "--package", "--info", "--multirun"),
     TRUST.name,
 )
@@ -168,15 +169,25 @@ def _parse_command_line(argv: list[str]) -> TrainCommandLine:
             continue
         short, _, value = word.partition("=")
         name = _SHORT_FLAGS.get(short, short)
-        if name not in _FLAGS:
-            close = nearest_option(name, _FLAGS)
-            guess = f"Did you mean {close}? " if close else ""
-            raise UserError(
-                f"{word}: there is no such flag. {guess}"
-                f"Flags: {', '.join(_FLAGS)}; settings are written key=value."
-            )
+        if name not in FLAGS:
+            raise UserError(_unknown_flag(word, name, value or next(arguments, "")))
         flags[name] = (value or next(arguments, "")) if name in _FLAGS_WITH_VALUE else ""
     return TrainCommandLine(flags, overrides)
+
+
+def _unknown_flag(word: str, name: str, value: str) -> str:
+    """Return the message for a flag that does not exist; mostly it is a setting with dashes."""
+    from luthier.config.validate import suggest_setting
+
+    is_setting = not value.startswith("-") and "=" not in value
+    if setting := suggest_setting(name, value if is_setting else ""):
+        return f"{word}: there is no such flag. Settings have no dashes: write {setting}."
+    close = nearest_option(name, FLAGS)
+    guess = f"Did you mean {close}? " if close else ""
+    return (
+        f"{word}: there is no such flag. {guess}"
+        f"Flags: {', '.join(FLAGS)}; settings are written key=value."
+    )
 
 
 def _refuse_sweep_settings(overrides: list[str]) -> None:
@@ -214,7 +225,10 @@ def _check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def _print_config(what: str, arguments: TrainCommandLine) -> int:
     """Print a configuration; one with mistakes is printed as far as it goes, with the mistakes."""
-    composed = compose_config(arguments.overrides)
+    from omegaconf import OmegaConf
+
+    composed = compose_config(arguments.overrides, with_hydra=True)
+    assert composed.config is not None
     config = _select_config(composed.config, what)
     # Shown although it is wrong: who looks for a mistake needs the config that has it.
     mistake = None
@@ -234,8 +248,10 @@ def _print_config(what: str, arguments: TrainCommandLine) -> int:
     return 0 if mistake is None else errors.report_error(mistake)
 
 
-def _select_config(config: DictConfig, what: str) -> DictConfig:
+def _select_config(config: "DictConfig", what: str) -> "DictConfig":
     """Return the part of a composed config that `--cfg job`, `hydra` or `all` prints."""
+    from omegaconf import OmegaConf
+
     if what == "hydra":
         return OmegaConf.create({"hydra": config.get("hydra")})
     selected = config.copy()
@@ -260,6 +276,8 @@ def _print_info(what: str, overrides: list[str]) -> None:
 def _print_hydra_info(what: str, overrides: list[str]) -> None:
     """Let Hydra print what it knows about these overrides."""
     import hydra
+
+    from luthier.config import hydra_plugins
 
     composed = compose_config(overrides)
     if composed.mistakes:

@@ -1,30 +1,22 @@
-"""From what was typed to one plain mapping: Hydra composes, OmegaConf resolves, once."""
+"""From what was typed to one plain mapping: composed by Hydra or as Hydra does, resolved once.
 
-from collections.abc import Iterable
+Hydra takes 0.2 seconds to import and to compose, so it is imported only where a config is more than
+`luthier.config.direct_compose` composes.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import (
-    GrammarParseError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-)
 
-from luthier.config import env_references, hydra_plugins, recipes
+from luthier.config import env_references, recipes
 from luthier.config.cross_checks import HELD_OUT_KEYS
-from luthier.config.override_errors import (
-    explain_unreadable,
-    is_cut_off,
-    parse_override,
-)
+from luthier.config.direct_compose import DirectConfig, compose_directly, set_value
 from luthier.config.recipes import (
     WRONG_INTERPOLATION,
     RecipeChain,
@@ -36,6 +28,11 @@ from luthier.config.recipes import (
 from luthier.config.run_names import run_folder
 from luthier.config.schema import GROUPS, SWEEP_GROUPS
 from luthier.errors import Mistake, format_override
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 # What was typed: `group=option` and `key=value`, made ready for Hydra.
 
@@ -62,29 +59,90 @@ class TypedOverride:
 
 def parse_overrides(lines: Iterable[str]) -> tuple[list[TypedOverride], list[Mistake]]:
     """Read the command line's overrides; one that cannot be read becomes a mistake."""
-    parser = OverridesParser.create()
     typed, mistakes = list[TypedOverride](), list[Mistake]()
     words = list(lines)
     while words:
         line = words.pop(0)
-        try:
-            override = None if is_cut_off(line, words) else parse_override(parser, line)
-        except HydraException:
-            override = None
-        if override is None or not override.key_or_group:
-            text, cut_words = explain_unreadable(line, words)
-            mistakes.append(Mistake(line.partition("=")[0] or line, text))
-            del words[:cut_words]
-            continue
-        if override.is_sweep_override():
-            mistakes.append(_sweep(override, line))
+        if simple := _read_simple(line):
+            typed.append(simple)
         else:
-            # What Hydra has read is what it reads again, when it composes.
-            typed.append(_typed(override, override.input_line or line))
+            cut_words = _read_with_hydra(line, words, typed, mistakes)
+            del words[:cut_words]
     return typed, mistakes
 
 
-def _typed(override: Override, line: str) -> TypedOverride:
+_SIMPLE = re.compile(r"(?!hydra)([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=([^\s=]+|\[[^=]*\])", re.ASCII)
+_SIMPLE_VALUE = re.compile(
+    r"(-?(?:0|[1-9][0-9]*))|(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)"
+    r"|((?!(?:nan|inf)\Z)(?:[a-z_]|\.{0,2}/)[\w./-]*)",
+    re.ASCII | re.IGNORECASE,
+)
+_CONSTANTS = {"true": True, "false": False, "null": None}
+
+
+def _read_simple(line: str) -> TypedOverride | None:
+    """Return an override whose value is a number, a constant, a word without quotes, or a list.
+
+    That is most of them, and Hydra's parser takes longer to import than all of them to read. None
+    for any other override.
+    """
+    match = _SIMPLE.fullmatch(line)
+    if match is None:
+        return None
+    key, text = match.groups()
+    value: object
+    try:
+        if text.startswith("[") and text.endswith("]"):
+            value = [_read_simple_value(part.strip(" ")) for part in text[1:-1].split(",")]
+        else:
+            value = _read_simple_value(text)
+    except ValueError:
+        return None
+    is_group = key in (*GROUPS, "recipe")
+    return (
+        None
+        if is_group and isinstance(value, list)
+        else TypedOverride(line, key, value, is_group, False, True)
+    )
+
+
+def _read_simple_value(text: str) -> object:
+    match = _SIMPLE_VALUE.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    whole, number, word = match.groups()
+    if whole or number:
+        return int(whole) if whole else float(number)
+    return _CONSTANTS.get(word.lower(), word)
+
+
+def _read_with_hydra(
+    line: str, following: list[str], typed: list[TypedOverride], mistakes: list[Mistake]
+) -> int:
+    """Read an override by Hydra's grammar; return how many words behind it belong to it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from luthier.config.override_errors import explain_unreadable, is_cut_off, parse_override
+
+    parser = OverridesParser.create()
+    try:
+        override = None if is_cut_off(line, following) else parse_override(parser, line)
+    except HydraException:
+        override = None
+    if override is None or not override.key_or_group:
+        text, cut_words = explain_unreadable(line, following)
+        mistakes.append(Mistake(line.partition("=")[0] or line, text))
+        return cut_words
+    if override.is_sweep_override():
+        mistakes.append(_sweep(override, line))
+    else:
+        # What Hydra has read is what it reads again, when it composes.
+        typed.append(_typed(override, override.input_line or line))
+    return 0
+
+
+def _typed(override: "Override", line: str) -> TypedOverride:
     key, value = override.get_key_element().lstrip("+~"), override.value()
     named = key in (*GROUPS, "recipe") or "/" in key or "@" in key
     bare = not (override.is_add() or override.is_force_add() or override.is_delete())
@@ -99,7 +157,7 @@ def _typed(override: Override, line: str) -> TypedOverride:
     )
 
 
-def _sweep(override: Override, line: str) -> Mistake:
+def _sweep(override: "Override", line: str) -> Mistake:
     key, value = override.key_or_group, line.partition("=")[2]
     as_list = f" For a list write {quote(f'{key}=[{value}]')}." if "(" not in value else ""
     return Mistake(
@@ -110,10 +168,6 @@ def _sweep(override: Override, line: str) -> Mistake:
 
 
 CONFIG_NAME = "config"
-_CANNOT_COMPOSE = (
-    *(HydraException, OmegaConfBaseException, RecursionError),  # what was typed, or a cycle
-    *(yaml.YAMLError, ValueError, OSError),  # a file
-)
 _PATIENCE = 100
 """Interpolations that may fail before the rest are left for the next try."""
 
@@ -125,11 +179,16 @@ class ComposedConfig:
     `unsure` are the groups of which nothing more can be said: their own choice is a mistake.
     """
 
-    config: DictConfig
+    config: "DictConfig | None"
+    """What Hydra composed; None where `values` are the config."""
     lines: list[str]
     chain: RecipeChain
     mistakes: list[Mistake] = field(default_factory=list)
     unsure: set[str] = field(default_factory=set)
+    choices: dict[str, str | None] = field(default_factory=dict)
+    """The option of each group."""
+    values: dict[str, Any] | None = None
+    """The config as plain values without interpolations; None where Hydra composed it."""
 
     @property
     def keys_typed(self) -> set[str]:
@@ -138,10 +197,9 @@ class ComposedConfig:
 
     def files(self) -> list[tuple[str, Path]]:
         """Return the YAML files behind the config with the key each begins at, last word first."""
-        choices = OmegaConf.select(self.config, "hydra.runtime.choices") or {}
         files = [("", path) for path in self.chain.files.values()]
         for group in GROUPS:
-            path = list_options(group).get(str(choices.get(group)))
+            path = list_options(group).get(str(self.choices.get(group)))
             files += [("" if group == "debug" else group, path)] if path else []
         return [*files, ("", recipes.bundled_folder("conf") / f"{CONFIG_NAME}.yaml")]
 
@@ -167,30 +225,94 @@ def check_overrides(
     return good, chain, mistakes + chain.mistakes, unsure
 
 
-def compose_config(lines: list[str]) -> ComposedConfig:
-    """Compose what was typed; mistakes are collected, and what carries them is left out."""
+def compose_config(lines: list[str], with_hydra: bool = False) -> ComposedConfig:
+    """Compose what was typed; mistakes are collected, and what carries them is left out.
+
+    `with_hydra` composes Hydra's own settings, too: those of a sweep, or of `--cfg hydra`.
+    """
     typed, chain, mistakes, unsure = check_overrides(lines)
-    try:
-        config = _compose([override.for_hydra for override in typed], chain)
-    except _CANNOT_COMPOSE as error:
-        mistakes.append(_hydra_mistake(error))
-        return ComposedConfig(OmegaConf.create(), lines, chain, mistakes, {*GROUPS, "recipe"})
-    if config.get("output_dir") is not None and any(word.key == "name" for word in typed):
-        text = f"has no effect, as output_dir names the folder: {config.output_dir}. Leave one out."
-        mistakes.append(Mistake("name", text))
-    _finish(config, typed, lines)
-    return ComposedConfig(config, lines, chain, mistakes, unsure)
+    direct = None if with_hydra else _compose_directly(typed, chain)
+    if direct:
+        mistakes += _useless_name(direct.values.get("output_dir"), typed)
+        for key, value in _late_values(direct.values, direct.choices, typed, lines):
+            set_value(direct.values, key, value)
+        return ComposedConfig(
+            None, lines, chain, mistakes, unsure, direct.choices, values=direct.values
+        )
+    config, wrong = _compose_with_hydra([override.for_hydra for override in typed], chain)
+    if wrong:
+        mistakes.append(wrong)
+        return ComposedConfig(config, lines, chain, mistakes, {*GROUPS, "recipe"})
+    from omegaconf import OmegaConf, open_dict
+
+    choices = dict(config.hydra.runtime.choices)
+    mistakes += _useless_name(config.get("output_dir"), typed)
+    # A name that holds `${...}` is resolved in the folder's name, too.
+    named = OmegaConf.masked_copy(config, ["output_dir", "name", "model", "dataset"])
+    plain = cast(dict[str, Any], OmegaConf.to_container(named))
+    with open_dict(config):
+        for key, value in _late_values(plain, choices, typed, lines):
+            OmegaConf.update(config, key, value, force_add=True)
+    return ComposedConfig(config, lines, chain, mistakes, unsure, choices)
 
 
-def _compose(overrides: list[str], chain: RecipeChain) -> DictConfig:
-    hydra_plugins.register_plugins()
+def _useless_name(output_dir: object, typed: list[TypedOverride]) -> list[Mistake]:
+    """Return the mistake of a name that was typed where the folder is named whole."""
+    if output_dir is None or all(word.key != "name" for word in typed):
+        return []
+    text = f"has no effect, as output_dir names the folder: {output_dir}. Leave one out."
+    return [Mistake("name", text)]
+
+
+def _compose_directly(typed: list[TypedOverride], chain: RecipeChain) -> DirectConfig | None:
+    """Return an ordinary config; None where Hydra has to compose."""
+    if not all(override.is_plain and "${" not in override.line for override in typed):
+        return None
+    options = {
+        override.key: None if override.value is None else str(override.value)
+        for override in typed
+        if override.is_group
+    }
+    settings = [(override.key, override.value) for override in typed if not override.is_group]
+    return compose_directly(options, settings, chain, CONFIG_NAME)
+
+
+def register_resolvers() -> None:
+    """Let `${oc.env:NAME}` and `${luthier:conf}` be resolved as luthier does."""
+    from omegaconf import OmegaConf
+
     env_references.register_resolver()
+    OmegaConf.register_new_resolver(
+        "luthier", lambda name: str(recipes.bundled_folder(name)), replace=True
+    )
+
+
+def _compose_with_hydra(
+    overrides: list[str], chain: RecipeChain
+) -> "tuple[DictConfig, Mistake | None]":
+    """Return the config that Hydra composes, or an empty one and what is wrong."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from luthier.config import hydra_plugins
+
+    hydra_plugins.register_plugins()
+    register_resolvers()
     conf = str(recipes.bundled_folder("conf"))
-    with (
-        hydra_plugins.drop_groups(chain.dropped),
-        initialize_config_dir(conf, job_name="luthier", version_base="1.3"),
-    ):
-        return compose(CONFIG_NAME, overrides, return_hydra_config=True)
+    cannot_compose = (
+        *(HydraException, OmegaConfBaseException, RecursionError),  # what was typed, or a cycle
+        *(yaml.YAMLError, ValueError, OSError),  # a file
+    )
+    try:
+        with (
+            hydra_plugins.drop_groups(chain.dropped),
+            initialize_config_dir(conf, job_name="luthier", version_base="1.3"),
+        ):
+            return compose(CONFIG_NAME, overrides, return_hydra_config=True), None
+    except cannot_compose as error:
+        return OmegaConf.create(), _hydra_mistake(error)
 
 
 def _wrong_option(typed: TypedOverride) -> Mistake | None:
@@ -217,30 +339,34 @@ def _chain(typed: list[TypedOverride]) -> RecipeChain:
     return read_recipe_chain(str(named[-1]), groups - {"recipe", "debug"})
 
 
-def _finish(config: DictConfig, typed: list[TypedOverride], lines: list[str]) -> None:
-    """Fill in the recipe's name and the run's folder, and let what was typed win over files."""
-    with open_dict(config):
-        config.recipe = config.hydra.runtime.choices.get("recipe")
-        if config.get("output_dir") is None:
-            named = OmegaConf.masked_copy(config, ["recipe", "name", "model", "dataset"])
-            # A name that holds `${...}` is resolved in the folder's name, too.
-            plain = cast(dict[str, Any], OmegaConf.to_container(named))
-            config.output_dir = run_folder(plain, lines)
+def _late_values(
+    config: Mapping[str, Any],
+    choices: Mapping[str, str | None],
+    typed: list[TypedOverride],
+    lines: list[str],
+) -> Iterator[tuple[str, Any]]:
+    """Yield the recipe's name and the run's folder, and what lets typed settings win over files."""
+    recipe = choices.get("recipe")
+    yield "recipe", recipe
+    if config.get("output_dir") is None:
+        yield "output_dir", run_folder({**config, "recipe": recipe}, lines)
     keys = {override.key for override in typed if override.value is not None}
     ways = {f"dataset.eval.{way}" for way in HELD_OUT_KEYS}
     if len(keys & ways) == 1:  # this way of holding out rows replaces the one that a file names
-        for other in ways - keys:
-            OmegaConf.update(config, other, None, force_add=True)
+        yield from ((other, None) for other in sorted(ways - keys))
     lengths = {"trainer.args.num_train_epochs", "trainer.args.max_steps"}
     if keys & lengths == {"trainer.args.num_train_epochs"}:  # max_steps in a file would win
-        OmegaConf.update(config, "trainer.args.max_steps", -1, force_add=True)
+        yield "trainer.args.max_steps", -1
 
 
 def resolve_config(composed: ComposedConfig) -> dict[str, Any]:
     """Return the config as plain values; an interpolation that fails is noted and left out."""
-    config = composed.config.copy()
-    OmegaConf.set_struct(config, False)
-    config.pop("hydra", None)
+    if composed.values is not None:
+        return deepcopy(composed.values)
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = _without_hydra(composed)
     for _ in range(_PATIENCE):
         try:
             plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
@@ -257,9 +383,11 @@ def resolve_config(composed: ComposedConfig) -> dict[str, Any]:
 
 def resolve_for_record(composed: ComposedConfig) -> dict[str, Any]:
     """Return a config that resolves, with `${oc.env:NAME}` for what comes from the environment."""
-    config = composed.config.copy()
-    OmegaConf.set_struct(config, False)
-    config.pop("hydra", None)
+    if composed.values is not None:
+        return deepcopy(composed.values)
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = _without_hydra(composed)
     try:
         recorded: dict[str, Any] = env_references.resolve_with_references(config)
     except OmegaConfBaseException:
@@ -268,7 +396,19 @@ def resolve_for_record(composed: ComposedConfig) -> dict[str, Any]:
     return recorded
 
 
-def _interpolation_words(error: OmegaConfBaseException) -> str:
+def _without_hydra(composed: "ComposedConfig") -> "DictConfig":
+    from omegaconf import DictConfig, OmegaConf
+
+    assert isinstance(composed.config, DictConfig)
+    config = composed.config.copy()
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra", None)
+    return config
+
+
+def _interpolation_words(error: "OmegaConfBaseException") -> str:
+    from omegaconf.errors import GrammarParseError, InterpolationResolutionError
+
     if isinstance(error, GrammarParseError):
         return f"{WRONG_INTERPOLATION}."
     first = str(error.msg).strip().splitlines()[0]
@@ -277,7 +417,9 @@ def _interpolation_words(error: OmegaConfBaseException) -> str:
     return f"{first}. Correct what stands in ${{...}}."
 
 
-def _hydra_mistake(error: Exception) -> Mistake:
+def _hydra_mistake(error: BaseException) -> Mistake:
+    from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
     if isinstance(error, yaml.MarkedYAMLError):
         return explain_yaml_error(error)
     if isinstance(error, RecursionError):

@@ -19,7 +19,6 @@ from luthier.errors import (
     nearest_option,
     suggest_options,
 )
-from luthier.patterns import check_syntax
 from luthier.python_code import (
     PYTHON_FORMS,
     check_python_path,
@@ -98,7 +97,7 @@ def _patterns(resolved: dict[str, Any]) -> Iterator[Mistake]:
             yield Mistake(f"model.{name}", f"{text}Whole layers train with lora.modules_to_save.")
         for pattern in patterns:
             try:
-                check_syntax(str(pattern))
+                _check_syntax(str(pattern))
             except ValueError as error:
                 yield Mistake(f"model.{name}", f"{format_value(pattern)} {error}.")
 
@@ -518,6 +517,13 @@ def _optimizer(resolved: dict[str, Any]) -> Iterator[Mistake]:
             yield from _parameter_group(f"trainer.optimizer.groups[{number}]", group)
 
 
+def _check_syntax(pattern: str) -> None:
+    # It brings subprocess, and few configs have a pattern.
+    from luthier.patterns import check_syntax
+
+    check_syntax(pattern)
+
+
 def _parameter_group(key: str, group: dict[str, Any]) -> Iterator[Mistake]:
     """What is wrong with the settings of weights that have rates of their own."""
     unknown = [name for name in group if name not in _GROUP_SETTINGS]
@@ -526,10 +532,11 @@ def _parameter_group(key: str, group: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake(key, f"there is no setting {unknown[0]}. {hint}")
         return
     pattern = group.get("match")
+
     try:
         if not isinstance(pattern, str) or not pattern:
             raise ValueError("is no regular expression for names of parameters")
-        check_syntax(pattern)
+        _check_syntax(pattern)
     except ValueError as error:
         yield Mistake(f"{key}.match", f"{format_value(pattern)} {error}.")
     rates = [name for name in _GROUP_SETTINGS[1:] if group.get(name) is not None]

@@ -9,9 +9,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.resolvers import oc
-
 from luthier import redaction
 from luthier.redaction import REFERENCE
 
@@ -30,6 +27,8 @@ class _EnvResolver:
     def __call__(self, key: str, *default: Any) -> Any:
         """Return the variable's value, or the default where it is not set."""
         if key not in os.environ:
+            from omegaconf.resolvers import oc
+
             return oc.env(key, *default)
         redaction.note_environment_value(key, os.environ[key])
         return f"{_MARK}{key}{_MARK}" if self.is_recording else os.environ[key]
@@ -40,11 +39,16 @@ _RESOLVER = _EnvResolver()
 
 def register_resolver() -> None:
     """Let `${oc.env:NAME}` be resolved here, in place of OmegaConf's own resolver."""
+    # Most configs take nothing from the environment.
+    from omegaconf import OmegaConf
+
     OmegaConf.register_new_resolver("oc.env", _RESOLVER, replace=True)
 
 
 def resolve_with_references(config: Any) -> Any:
     """Return a config as plain values, with references for what comes from the environment."""
+    from omegaconf import OmegaConf
+
     _RESOLVER.is_recording = True
     try:
         return _unmark(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))

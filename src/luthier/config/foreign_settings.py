@@ -51,7 +51,12 @@ class ForeignSetting(NamedTuple):
             return f"In luthier it is written {' '.join(words)}."
         if str(value).lower() in self.values:
             return "Leave it out: luthier does this by default."
-        answer = f"In luthier it is {' and '.join(self.keys)}." if self.keys else ""
+        return self.about
+
+    @property
+    def about(self) -> str:
+        """The sentences about the setting, whatever its value is."""
+        answer = f"In luthier it is {' or '.join(self.keys)}." if self.keys else ""
         return f"{answer} {self.note}".strip()
 
 

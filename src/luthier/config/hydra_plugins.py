@@ -118,7 +118,6 @@ def register_plugins() -> None:
     """Make the sources known to Hydra, once per process."""
     for plugin in (FolderSource, RecipeSource, LuthierSearchPath):
         Plugins.instance().register(plugin)
-    OmegaConf.register_new_resolver("luthier", lambda name: str(recipes.bundled_folder(name)))
     # Hydra holds a YAML file against a class of the same name; these are luthier's own settings.
     for group in ("launcher", "sweeper"):
         ConfigStore.instance().repo["hydra"][group].pop("basic.yaml")

@@ -1,14 +1,24 @@
 """The settings of a library's class, read from its source with `ast`: nothing is imported.
 
-Importing trl takes seconds and pulls in torch; a typo should be found before that.
+Importing trl takes seconds and pulls in torch; a typo should be found before that. Reading the
+source takes 20 to 50 ms a class, so what was read is kept in luthier's cache folder for as long as
+the source files are the same.
 """
 
 import ast
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from luthier.storage.cache import cache_root
 
 _HOMES = {("transformers", "TrainingArguments"): "training_args.py"}
 """Where a class lies that is imported from a package's (lazy) root."""
@@ -17,25 +27,104 @@ _SCALARS = {"int", "float", "bool", "str", "list", "dict"}
 _OTHERS = {"tuple": "list", "Sequence": "list", "Dict": "dict", "List": "list", "Any": "any"}
 
 
+UNKNOWN = "???"
+"""The default of a setting that has none, or whose default is not a plain value."""
+
+
 @dataclass(frozen=True)
 class FieldType:
-    """What a setting takes: type names (`any` takes everything), and the texts it allows."""
+    """What a setting takes: type names (`any` takes everything), and the texts it allows.
+
+    With it comes what the source says about the setting, which two equal types may differ in.
+    """
 
     types: frozenset[str]
     choices: tuple[str, ...] = ()
+    default: Any = field(default=UNKNOWN, compare=False)
+    help: str = field(default="", compare=False)
+    """What the library's documentation says about it, as one line."""
+    owner: str = field(default="", compare=False)
+    """The class or function that declares it, such as `transformers.TrainingArguments`."""
 
     def __or__(self, other: "FieldType") -> "FieldType":
         """Return what takes the values of both."""
-        return FieldType(self.types | other.types, self.choices + other.choices)
+        return replace(self, types=self.types | other.types, choices=self.choices + other.choices)
 
 
 ANY_TYPE = FieldType(frozenset({"any"}))
 FieldTypes = dict[str, FieldType]
 
 
-@cache
 def read_class_fields(package: str, file: str, name: str) -> FieldTypes | None:
     """Return a dataclass's fields with those it inherits; None if the source is not there."""
+    return _read_or_load(_class_fields, package, file, name)
+
+
+def read_parameters(package: str, file: str, name: str) -> FieldTypes | None:
+    """Return a function's parameters, or a class's `__init__` parameters if `name` is a class."""
+    return _read_or_load(_function_parameters, package, file, name)
+
+
+_Reader = Callable[[str, str, str], FieldTypes | None]
+_read_files: set[Path] = set()
+"""The source files that were read since the last setting was looked up."""
+_FORMAT = 1
+"""Goes up when what is kept changes its form or meaning."""
+
+
+@cache
+def _read_or_load(read: _Reader, package: str, file: str, name: str) -> FieldTypes | None:
+    """Return what `read` finds in the source, from the cache folder if the source is unchanged."""
+    if package == "luthier":
+        return read(package, file, name)
+    place = _find_source(package, file)
+    if place is None:
+        return None
+    key = zlib.crc32(f"{_FORMAT} {place} {read.__name__}".encode())
+    kept = cache_root() / "library_fields" / f"{package}.{name}-{key:08x}.json"
+    fields = _load_kept(kept)
+    if fields is None:
+        _read_files.clear()
+        fields = read(package, file, name)
+        if fields is not None:
+            _keep(kept, fields)
+    return fields
+
+
+def _load_kept(kept: Path) -> FieldTypes | None:
+    """Return the settings in a file of the cache; None where it is missing, damaged or old."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        content = json.loads(kept.read_bytes())
+        if all(_stamp(Path(file)) == stamp for file, stamp in content["files"].items()):
+            return {
+                name: FieldType(frozenset(types), tuple(choices), *others)
+                for name, (types, choices, *others) in content["fields"].items()
+            }
+    return None
+
+
+def _keep(kept: Path, fields: FieldTypes) -> None:
+    """Write settings to the cache; a folder that cannot be written is no error."""
+    content = {
+        "files": {str(file): _stamp(file) for file in _read_files},
+        "fields": {
+            name: [sorted(each.types), each.choices, each.default, each.help, each.owner]
+            for name, each in fields.items()
+        },
+    }
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(content), encoding="utf-8")
+        new.replace(kept)
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_mtime_ns, status.st_size]
+
+
+def _class_fields(package: str, file: str, name: str) -> FieldTypes | None:
     tree = _parse(package, file)
     node = _definition(tree, name) if tree else None
     if tree is None or not isinstance(node, ast.ClassDef):
@@ -43,20 +132,58 @@ def read_class_fields(package: str, file: str, name: str) -> FieldTypes | None:
     fields: FieldTypes = {}
     for base in reversed(node.bases):
         fields |= _inherited(package, file, tree, base)
-    return fields | dict(_declared(package, file, node))
+    declared = dict(_declared(package, file, node))
+    docs = _argument_docs(ast.get_docstring(node) or "")
+    for setting, text in docs.items():
+        if each := declared.get(setting):
+            declared[setting] = replace(each, help=text)
+    together = fields | declared
+    # A private base class is no name that a reader could look up.
+    return {
+        setting: replace(each, owner=f"{package}.{name}") if "._" in each.owner else each
+        for setting, each in together.items()
+    }
 
 
-@cache
-def read_parameters(package: str, file: str, name: str) -> FieldTypes | None:
-    """Return a function's parameters, or a class's `__init__` parameters if `name` is a class."""
+def _function_parameters(package: str, file: str, name: str) -> FieldTypes | None:
     tree = _parse(package, file)
     node = _definition(tree, name) if tree else None
+    text = ast.get_docstring(node) or "" if isinstance(node, _DOCUMENTED) else ""
     if isinstance(node, ast.ClassDef):
         inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         node = inits[0] if inits else None
     if not isinstance(node, ast.FunctionDef):
         return None
-    return dict(_parameters(package, file, node.args))
+    docs, owner = _argument_docs(text), f"{package}.{name}"
+    return {
+        parameter: replace(each, help=docs.get(parameter, ""), owner=owner)
+        for parameter, each in _parameters(package, file, node.args)
+    }
+
+
+_DOCUMENTED = ast.ClassDef | ast.FunctionDef
+_ARGUMENT = re.compile(r"( +)(\w+) ?(?:\(.*\)|\[.*\])?: *(.*)")
+_MARKUP = re.compile(r"\[`~?([^`]+)`\]|\[([^\]]+)\]\([^)]+\)|</?a[^>]*>")
+
+
+def _argument_docs(docstring: str) -> dict[str, str]:
+    """Return the paragraph about each argument in a docstring of Google's style, as one line."""
+    texts: dict[str, list[str]] = {}
+    indent, name = 0, ""
+    for line in docstring.splitlines():
+        match = _ARGUMENT.fullmatch(line)
+        if match and (not indent or len(match[1]) == indent):
+            indent, name = len(match[1]), match[2]
+            texts[name] = [match[3]]
+        elif name and line.strip() and len(line) - len(line.lstrip()) > indent:
+            texts[name].append(line.strip())
+        else:
+            # A blank line, or a heading between two arguments.
+            name = name if not line.strip() else ""
+    return {
+        name: _MARKUP.sub(lambda match: match[1] or match[2] or "", " ".join(lines)).strip()
+        for name, lines in texts.items()
+    }
 
 
 @cache
@@ -66,9 +193,9 @@ def read_field_docs(package: str, file: str, name: str) -> dict[str, str]:
     node = _definition(tree, name) if tree else None
     texts: dict[str, str] = {}
     if isinstance(node, ast.ClassDef):
-        for field, after in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                texts[field.target.id] = _text(after)
+        for statement, after in zip(node.body, node.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                texts[statement.target.id] = _text(after)
     return texts
 
 
@@ -78,14 +205,32 @@ def _text(node: ast.stmt) -> str:
     return ""
 
 
-@cache
 def _parse(package: str, file: str) -> ast.Module | None:
-    spec = find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
+    path = _find_source(package, file)
+    if path is None:
+        return None
+    _read_files.add(path)
+    return _parse_file(path)
+
+
+@cache
+def _parse_file(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _find_source(package: str, file: str) -> Path | None:
+    for folder in _package_folders(package):
         path = Path(folder) / file
         if path.is_file():
-            return ast.parse(path.read_text(encoding="utf-8"))
+            return path
     return None
+
+
+@cache
+def _package_folders(package: str) -> list[str]:
+    spec = find_spec(package)
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
@@ -99,7 +244,7 @@ def _inherited(package: str, file: str, tree: ast.Module, base: ast.expr) -> Fie
     if not isinstance(base, ast.Name):
         return {}
     where = _home(package, file, tree, base.id)
-    return (read_class_fields(*where, base.id) or {}) if where else {}
+    return (_class_fields(*where, base.id) or {}) if where else {}
 
 
 def _home(package: str, file: str, tree: ast.Module, name: str) -> tuple[str, str] | None:
@@ -128,11 +273,40 @@ def _file(package: str, dotted: str) -> str:
 
 
 def _declared(package: str, file: str, node: ast.ClassDef) -> Iterator[tuple[str, FieldType]]:
-    for field in node.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            name, annotation = field.target.id, field.annotation
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            name, annotation = statement.target.id, statement.annotation
             if not name.startswith("_") and "ClassVar" not in ast.dump(annotation):
-                yield name, _kind(package, file, annotation)
+                default, text = _field_value(statement.value)
+                owner = f"{package}.{node.name}"
+                each = _kind(package, file, annotation)
+                yield name, replace(each, default=default, help=text, owner=owner)
+
+
+def _field_value(value: ast.expr | None) -> tuple[Any, str]:
+    """Return the default of a dataclass's field, and the `help` of its metadata."""
+    if not isinstance(value, ast.Call):
+        return _literal_value(value), ""
+    arguments = {keyword.arg: keyword.value for keyword in value.keywords}
+    factory = arguments.get("default_factory")
+    default = _literal_value(arguments.get("default"))
+    if isinstance(factory, ast.Name) and factory.id in ("list", "dict"):
+        default = [] if factory.id == "list" else {}
+    metadata = arguments.get("metadata")
+    if isinstance(metadata, ast.Dict):
+        for key, text in zip(metadata.keys, metadata.values, strict=True):
+            if isinstance(key, ast.Constant) and key.value == "help":
+                return default, " ".join(str(_literal_value(text)).split())
+    return default, ""
+
+
+def _literal_value(node: ast.expr | None) -> Any:
+    """Return the value of an expression that JSON can hold; UNKNOWN for any other."""
+    with suppress(ValueError, TypeError):
+        value = ast.literal_eval(node) if node else UNKNOWN
+        json.dumps(value)
+        return value
+    return UNKNOWN
 
 
 def _parameters(package: str, file: str, args: ast.arguments) -> Iterator[tuple[str, FieldType]]:
@@ -141,7 +315,8 @@ def _parameters(package: str, file: str, args: ast.arguments) -> Iterator[tuple[
     pairs = [*zip(positional, [*defaults, *args.defaults], strict=True)]
     for arg, default in [*pairs, *zip(args.kwonlyargs, args.kw_defaults, strict=True)]:
         if arg.arg != "self":
-            yield arg.arg, _parameter(package, file, arg, default)
+            each = _parameter(package, file, arg, default)
+            yield arg.arg, replace(each, default=_literal_value(default))
 
 
 def _parameter(package: str, file: str, arg: ast.arg, default: ast.expr | None) -> FieldType:

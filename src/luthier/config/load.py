@@ -23,6 +23,7 @@ from luthier.config.trust import Trust, check_composed_code, typed_keys
 from luthier.config.validate import describe_key, validate_config
 from luthier.errors import Mistake, UserError
 from luthier.redaction import remember_secrets
+from luthier.storage.typed_files import compose_yaml
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _find_place(key: str, composed: ComposedConfig) -> tuple[Path, int] | None:
 
 
 def _line(text: str, path: list[str]) -> int | None:
-    node, line = yaml.compose(text), None
+    node, line = compose_yaml(text), None
     for component in path:
         if not isinstance(node, yaml.MappingNode):
             return None
@@ -153,9 +154,10 @@ def _grouped(composed: ComposedConfig, mistakes: list[Mistake]) -> list[Mistake]
     if not bare or composed.chain.files or "recipe" in composed.unsure:
         return mistakes
     other_mistakes = [mistake for mistake in mistakes if mistake.key not in ("model", "dataset")]
-    recipe_names = ", ".join(list_options("recipe"))
     text = (
-        f"nothing is chosen. Add recipe=NAME ({recipe_names}), or both model=NAME and dataset=NAME."
+        "nothing is chosen. Add recipe=NAME: recipe=quickstart trains a small model on any "
+        "machine, and `luthier recipes` lists all. Or choose both model=NAME and dataset=NAME, such as "
+        "model=hub model.path=Qwen/Qwen3-0.6B dataset=files dataset.path=my.jsonl."
     )
     return [Mistake("recipe", text), *other_mistakes]
 

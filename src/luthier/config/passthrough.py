@@ -52,8 +52,8 @@ class PassThroughKey:
         fields = {**fields, **further, **self.luthier_settings}
         for key, texts in self.choices.items():
             # A setting that takes one text may take several in a list.
-            lists = fields[key].types & {"list"} if key in fields else frozenset()
-            fields = fields | {key: FieldType(frozenset(lists), texts)}
+            each = fields.get(key, FieldType(frozenset()))
+            fields = fields | {key: replace(each, types=each.types & {"list"}, choices=texts)}
         return {
             key: field_type
             for key, field_type in fields.items()
@@ -77,18 +77,45 @@ _IGNORED = "the trainer does not read it; remove it"
 _DTYPES = ("float32", "bfloat16", "float16")
 _LOSS = "it adds a loss of its own, which luthier's losses leave out; remove it"
 _LORA = ("peft", "tuners/lora/config.py", "LoraConfig")
-_BOOL = FieldType(frozenset({"bool"}))
-_TEXT = FieldType(frozenset({"str", "none"}))
-_NUMBER = FieldType(frozenset({"float", "none"}))
-_SWITCH_OR_RANK = FieldType(frozenset({"bool", "int", "none"}))
-_BY_THE_PLAN = FieldType(frozenset({"bool", "none"}), ("auto",))
+
+
+def _setting(types: str, default: Any, text: str, choices: tuple[str, ...] = ()) -> FieldType:
+    """Return a setting of luthier's own; `types` has a space between two."""
+    return FieldType(frozenset(types.split()), choices, default, text, "luthier")
+
+
+_CHECKPOINTING = _setting(
+    "bool none",
+    None,
+    "Gradient checkpointing: compute activations again in the backward pass, in less memory and a "
+    "third more time. `auto` does so only where they would not fit.",
+    ("auto",),
+)
+_LORA_SETTINGS = {
+    "method": _setting("str none", "lora", "The adapter method: a folder of peft/tuners."),
+    "plus_ratio": _setting(
+        "float none", None, "LoRA+: how many times the rate of A the matrices B learn with."
+    ),
+    "experts": _setting(
+        "bool int none",
+        None,
+        "Whether LoRA goes on the experts of a mixture, or its rank there; null: where it goes on "
+        "all linear layers.",
+    ),
+    "vision": _setting(
+        "bool", False, "Whether the vision tower and the projector get an adapter, too."
+    ),
+}
+_DEQUANTIZE = _setting(
+    "bool", False, "Unpack a model that comes quantized to whole weights while it loads."
+)
 
 PASS_THROUGH_KEYS = (
     PassThroughKey(
         key="trainer.args",
         name=METHODS["sft"].config_name,
         source=METHODS["sft"].config,
-        luthier_settings={"activation_checkpointing": _BY_THE_PLAN},
+        luthier_settings={"activation_checkpointing": _CHECKPOINTING},
         refused_settings={
             "output_dir": "use output_dir",
             "max_length": "use chat.max_length",
@@ -142,12 +169,7 @@ PASS_THROUGH_KEYS = (
         key="lora",
         name="peft.LoraConfig",
         source=_LORA,
-        luthier_settings={
-            "method": _TEXT,
-            "plus_ratio": _NUMBER,
-            "experts": _SWITCH_OR_RANK,
-            "vision": _BOOL,
-        },
+        luthier_settings=_LORA_SETTINGS,
         refused_settings={
             "task_type": "the trainer decides it; remove it",
             "peft_type": "use lora.method",
@@ -167,7 +189,7 @@ PASS_THROUGH_KEYS = (
         name="transformers.BitsAndBytesConfig",
         source=("transformers", "utils/quantization_config.py", "BitsAndBytesConfig"),
         is_function=True,
-        luthier_settings={"dequantize": _BOOL},
+        luthier_settings={"dequantize": _DEQUANTIZE},
         choices={
             "bnb_4bit_quant_type": ("nf4", "fp4"),
             "bnb_4bit_compute_dtype": _DTYPES,
@@ -212,17 +234,23 @@ def check_pass_through(resolved: dict[str, Any]) -> list[Mistake]:
     A number that YAML read as text (`'1e-4'`) becomes a number in place; so does `no` where it
     is an option and YAML read false.
     """
-    libraries = [_of_method(library, resolved) for library in PASS_THROUGH_KEYS]
+    libraries = libraries_of(resolved)
     return [m for library in libraries for m in _check(library, mapping_at(resolved, library.key))]
 
 
-def _of_method(library: PassThroughKey, resolved: dict[str, Any]) -> PassThroughKey:
-    """The arguments of a trainer and the settings of an adapter are those of the chosen method."""
-    if library.key == "lora":
-        return _of_adapter(library, LoraSettings(mapping_at(resolved, "lora")).method)
-    if library.key != "trainer.args":
-        return library
-    name = base_method(str(mapping_at(resolved, "trainer").get("method", "sft")))
+def libraries_of(resolved: dict[str, Any]) -> list[PassThroughKey]:
+    """Return whose settings each key takes: those of a trainer and an adapter follow the method."""
+    adapter = LoraSettings(mapping_at(resolved, "lora")).method
+    method = base_method(str(mapping_at(resolved, "trainer").get("method", "sft")))
+    chosen = {"lora": (of_adapter, adapter), "trainer.args": (of_trainer, method)}
+    return [
+        chosen[each.key][0](each, chosen[each.key][1]) if each.key in chosen else each
+        for each in PASS_THROUGH_KEYS
+    ]
+
+
+def of_trainer(library: PassThroughKey, name: str) -> PassThroughKey:
+    """Return `trainer.args` as a training method takes it; an unknown one has those of `sft`."""
     method = METHODS.get(name, METHODS["sft"])
     return replace(
         library,
@@ -233,8 +261,11 @@ def _of_method(library: PassThroughKey, resolved: dict[str, Any]) -> PassThrough
     )
 
 
-def _of_adapter(library: PassThroughKey, method: str) -> PassThroughKey:
-    """peft keeps each method's config in a file of its own; an unknown method has no settings."""
+def of_adapter(library: PassThroughKey, method: str) -> PassThroughKey:
+    """Return `lora` as an adapter method takes it; an unknown one has no settings.
+
+    peft keeps each method's config in a file of its own.
+    """
     if method not in ADAPTERS:
         return replace(library, source=None)
     name = ADAPTERS[method].config

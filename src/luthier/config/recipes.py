@@ -1,18 +1,22 @@
 """Recipes: what there is, and what a recipe inherits, checked before Hydra reads it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from luthier.config.schema import GROUPS
-from luthier.errors import Mistake, UserError, suggest_options
-from luthier.storage.typed_files import TOO_DEEP, ExcessiveYamlError, check_yaml_size
+from luthier.errors import Mistake, UserError, format_override, suggest_options
+from luthier.storage.typed_files import (
+    TOO_DEEP,
+    ExcessiveYamlError,
+    check_yaml_size,
+    compose_yaml,
+)
 
 # Where config groups and recipes lie: the user's own folders first, then the bundled ones.
 
@@ -88,6 +92,38 @@ def read_recipe_header(path: Path) -> str:
     return ""
 
 
+class KeyComment(NamedTuple):
+    """What a YAML file says about a key: its value as it stands there, and the comment behind."""
+
+    value: str
+    comment: str
+    line: int
+
+
+def read_key_comments(path: Path) -> dict[str, KeyComment]:
+    """Return every dotted key of a YAML file with its value and its comment, in their order.
+
+    A key that holds others has no value, and the comment of its own line.
+    """
+    text = path.read_text(encoding="utf-8")
+    return dict(_comments(compose_yaml(text), text, text.splitlines(), ""))
+
+
+def _comments(
+    node: yaml.Node | None, text: str, lines: list[str], above: str
+) -> Iterator[tuple[str, KeyComment]]:
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        key = f"{above}.{name.value}".lstrip(".")
+        line = name.start_mark.line
+        is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
+        behind = name.end_mark.column if is_block else value.end_mark.column
+        written = "" if is_block else text[value.start_mark.index : value.end_mark.index]
+        _, mark, comment = lines[line][behind:].partition("# ")
+        yield key, KeyComment(written, comment.strip() if mark else "", line + 1)
+        if is_block:
+            yield from _comments(value, text, lines, key)
+
+
 def list_recipes() -> list[RecipeInfo]:
     """Return every recipe that can be named, the user's own first; an earlier folder wins."""
     recipes: dict[str, RecipeInfo] = {}
@@ -116,8 +152,19 @@ def check_option(group: str, name: str) -> Mistake | None:
     stem = Path(name).stem
     if stem in available:
         return Mistake(group, f"{name!r} is a file's name. Write {group}={stem}.")
+    if setting := _path_setting(group, name):
+        return Mistake(group, f"{name!r} is no option but a path. Write {setting}.")
     what = "recipe" if group == "recipe" else f"{group} option"
     return Mistake(group, f"there is no {what} {name!r}. {suggest_options(name, available)}")
+
+
+def _path_setting(group: str, name: str) -> str | None:
+    """Return what to type for a model or for rows whose path stands in place of an option."""
+    if group not in ("model", "dataset") or not ("/" in name or Path(name).suffix):
+        return None
+    is_file = bool(Path(name).suffix) or Path(name).exists()
+    option = "hub" if group == "model" or not is_file else "files"
+    return f"{group}={option} {format_override(f'{group}.path', name)}"
 
 
 WRONG_INTERPOLATION = (
@@ -128,9 +175,15 @@ WRONG_INTERPOLATION = (
 
 def load_yaml(path: Path) -> dict[str, Any] | Mistake:
     """Read a YAML file as a mapping; what is wrong with it comes with file and line."""
+    # Options and recipes are listed without it.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        check_yaml_size(path.read_text(encoding="utf-8"), str(path))
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        check_yaml_size(text, str(path))
+        plain = _read_plain(text)
+        content = OmegaConf.to_container(OmegaConf.load(path)) if plain is None else plain
     except RecursionError:
         return Mistake(format_path(path), f"{TOO_DEEP}.")
     except yaml.MarkedYAMLError as error:
@@ -142,6 +195,16 @@ def load_yaml(path: Path) -> dict[str, Any] | Mistake:
     if not isinstance(content, dict):
         return Mistake(format_path(path), "must be a mapping of keys to values.")
     return {str(key): value for key, value in content.items()}
+
+
+def _read_plain(text: str) -> dict[Any, Any] | None:
+    """Return what a YAML file without interpolations holds; None where OmegaConf has to read it."""
+    from luthier.config.direct_compose import read_yaml
+
+    with suppress(ValueError, yaml.YAMLError):
+        content = read_yaml(text) if "${" not in text else None
+        return content if isinstance(content, dict) else None
+    return None
 
 
 def explain_yaml_error(error: yaml.MarkedYAMLError) -> Mistake:
@@ -220,7 +283,7 @@ def _follow_defaults(
 
 def default_lines(path: Path) -> list[int]:
     """Return the line of each entry of a file's defaults list."""
-    node = yaml.compose(path.read_text(encoding="utf-8"))
+    node = compose_yaml(path.read_text(encoding="utf-8"))
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
             return [entry.start_mark.line + 1 for entry in value.value]

@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from luthier.storage.output_folder import MARKER
 from luthier.storage.typed_files import DamagedFileError, load_json, load_yaml
 
 _RENAMED_KEYS = {
@@ -55,7 +54,7 @@ def with_new_result_names(results: dict[str, Any]) -> dict[str, Any]:
 class _Marker(BaseModel):
     """What the marker of a run's folder says of its config; an older luthier wrote no keys."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     config_keys: list[str] = []
 
@@ -63,7 +62,7 @@ class _Marker(BaseModel):
 class _RecordedTrainer(BaseModel):
     """The group `trainer` of a recorded config, as far as two configs are compared by it."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     method: str = ""
     args: dict[str, Any] | None = None
@@ -73,7 +72,7 @@ class _RecordedTrainer(BaseModel):
 class _RecordedConfig(BaseModel):
     """A config that any version of luthier wrote."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     model: dict[str, Any] | None = None
     dataset: dict[str, Any] | None = None
@@ -97,6 +96,9 @@ def read_recorded_config(file: Path) -> dict[str, Any]:
     config: dict[str, Any] | None = load_yaml(file, _RecordedConfig, _ADVICE)
     if config is None:
         raise DamagedFileError(f"{file}: it is missing.\n{_ADVICE}")
+    # A config is checked by the names above without what reads folders.
+    from luthier.storage.output_folder import MARKER
+
     # YAML that was cut behind a line can still be read; the marker names the keys that it had.
     missing = [key for key in _read_config_keys(file.parent / MARKER) if key not in config]
     if missing:

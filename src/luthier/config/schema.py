@@ -20,7 +20,8 @@ from luthier.python_code import is_python_path
 class StrictModel(BaseModel):
     """A group that refuses keys it does not know and never changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when a config is first validated: help, completion and `explain` need only the fields.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 # What a config may say about what is kept of a run: its checkpoints, and its metrics elsewhere.

@@ -1,7 +1,9 @@
 """A resolved config against the schema: the mistakes that pydantic finds, in luthier's words."""
 
+import os
 import typing
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import islice
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -10,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from luthier.config import library_fields
-from luthier.config.foreign_settings import explain_foreign_key
+from luthier.config.direct_compose import read_yaml
+from luthier.config.foreign_settings import FOREIGN_SETTINGS, explain_foreign_key
 from luthier.config.passthrough import PASS_THROUGH_KEYS
 from luthier.config.recipes import list_options
 from luthier.config.renamed_settings import new_key, new_value
@@ -36,10 +39,29 @@ _BOUNDS = {
 
 def validate_config(resolved: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
     """Return the config, or what keeps it from being one."""
+    _build_models()
     try:
         return RunConfig.model_validate(resolved), []
     except ValidationError as error:
         return None, list(_mistakes(error.errors(include_url=False)))
+
+
+@cache
+def _build_models() -> None:
+    """Build pydantic's validator of a config.
+
+    pydantic (2.14) reads the metadata of every installed package for plugins when it builds the
+    first model: 25 ms for 200 packages. Models that are built later look for them again.
+    """
+    name = "PYDANTIC_DISABLE_PLUGINS"
+    disabled = os.environ.get(name)
+    os.environ[name] = "__all__"
+    try:
+        RunConfig.model_rebuild()
+    finally:
+        os.environ.pop(name)
+        if disabled is not None:
+            os.environ[name] = disabled
 
 
 def _mistakes(errors: Sequence[ErrorDetails]) -> Iterator[Mistake]:
@@ -120,9 +142,13 @@ def _show_form(key: str, expected: str, value: object) -> str:
 
 def describe_key(model: type[BaseModel], name: str) -> str:
     """Return what the schema says about a key."""
-    file = f"{model.__module__.removeprefix('luthier.').replace('.', '/')}.py"
-    text = library_fields.read_field_docs("luthier", file, model.__name__).get(name, "")
-    return " ".join(text.split())
+    for each in model.__mro__:
+        if each.__module__.startswith("luthier."):
+            file = f"{each.__module__.removeprefix('luthier.').replace('.', '/')}.py"
+            texts = library_fields.read_field_docs("luthier", file, each.__name__)
+            if text := texts.get(name):
+                return " ".join(text.split())
+    return ""
 
 
 def _missing(path: list[str], text: str) -> str:
@@ -145,6 +171,24 @@ def _extra(model: type[BaseModel], path: list[str], value: object) -> str:
     prefix = ".".join([*path[:-1], close]) if close else ""
     hint = f"Did you mean {prefix}?" if close else f"Keys here: {', '.join(field_names)}."
     return f"there is no such key. {hint}"
+
+
+def suggest_setting(flag: str, value: str) -> str | None:
+    """Return the setting that was meant by a flag such as `--model x` or `--batch-size=4`.
+
+    None where no key has its name, here or in another trainer.
+    """
+    name = flag.lstrip("-").replace("-", "_")
+    key = name if name in (*GROUPS, *RunConfig.model_fields) else None
+    if foreign := None if key else FOREIGN_SETTINGS.get(name):
+        words = foreign.overrides(read_yaml(value)) if value else []
+        return " ".join(words) or f"{foreign.keys[0]}=VALUE" if foreign.keys else None
+    keys = [each for each in _all_keys() if name in (each, each.split(".")[-1])]
+    key = key or next(iter(keys), None)
+    if key and not value:
+        is_switch = key in RunConfig.model_fields and RunConfig.model_fields[key].annotation is bool
+        return f"{key}={'true' if is_switch else 'VALUE'}"
+    return key and format_override(key, read_yaml(value))
 
 
 def _all_keys() -> Iterator[str]:

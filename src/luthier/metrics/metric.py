@@ -93,7 +93,8 @@ class MetricScores:
 class Metric(BaseModel, ABC):
     """A metric with its settings; its numbers are called `name`, and `name/...` beside that one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when one is made: a config that names two of them needs no more.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     packages: ClassVar[tuple[str, ...]] = ()
 
     name: str = Field(min_length=1)

@@ -45,7 +45,7 @@ Rewards = list[float | None]
 class Reward(BaseModel, ABC):
     """A reward function for TRL's GRPO and RLOO trainers; it can be pickled."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     name: str = Field(min_length=1)
     """What it is called in logs."""

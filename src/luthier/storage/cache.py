@@ -1,15 +1,10 @@
 """Folders that are made once, whole or not at all, and shared between processes."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from luthier.errors import UserError
-from luthier.storage.manifest import DamagedFolderError, verify_manifest, write_manifest
 
 
 def cache_root() -> Path:
@@ -24,6 +19,9 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     Of several processes one makes it and the others wait. It appears by a rename, so nobody ever
     sees half of it. Raises UserError where the cache cannot be written.
     """
+    # A mistake in a config is answered before anything is locked.
+    from filelock import FileLock
+
     if is_intact(folder):
         return folder
     try:
@@ -41,6 +39,8 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 def is_intact(folder: Path) -> bool:
     """Whether the folder is there and every byte of it is as it was sealed."""
+    from luthier.storage.manifest import DamagedFolderError, verify_manifest
+
     try:
         verify_manifest(folder)
     except (DamagedFolderError, OSError):
@@ -49,6 +49,11 @@ def is_intact(folder: Path) -> bool:
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    import shutil
+    import tempfile
+
+    from luthier.storage.manifest import write_manifest
+
     # The lock is ours, so an older temporary folder belongs to a process that was killed.
     for stale in folder.parent.glob(f"{folder.name}.new-*"):
         shutil.rmtree(stale, ignore_errors=True)

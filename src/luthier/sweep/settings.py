@@ -106,6 +106,7 @@ def read_settings(
     mistakes: list[Mistake] = []
     settings: dict[str, Any] = {}
     for group, models in (("sweeper", _SWEEPERS), ("launcher", _LAUNCHERS)):
+        assert composed.config is not None
         node = OmegaConf.select(composed.config, f"hydra.{group}")
         values: Any = OmegaConf.to_container(node, resolve=True) if node is not None else {}
         model = models.get(str(values.get("kind")))

@@ -111,7 +111,7 @@ def plan_sweep(
     `is_trusted` lets recipes name code that is not the user's own. Raises UserError with what is
     wrong in the search space, the settings of the sweep, or the configuration of any trial.
     """
-    composed = compose_config(space.first_point(typed_overrides))
+    composed = compose_config(space.first_point(typed_overrides), with_hydra=True)
     if composed.mistakes:
         raise UserError(format_mistakes(composed.mistakes, composed))
     sweeper, launcher, mistakes = settings.read_settings(composed)
