@@ -9,7 +9,10 @@ Q = "recipe=quickstart"
 
 ONE_MISTAKE = {
     # nothing or the wrong thing is chosen
-    "nothing": ([], ["recipe: nothing is chosen", "recipe=quickstart trains", "model=NAME and dataset=NAME"]),
+    "nothing": (
+        [],
+        ["recipe: nothing is chosen", "recipe=quickstart trains", "model=NAME and dataset=NAME"],
+    ),
     "no dataset": (["model=smollm2_135m"], ["dataset: nothing is chosen. Add dataset=NAME: files"]),
     "no model": (["dataset=quickstart"], ["model: nothing is chosen. Add model=NAME: hub"]),
     "recipe": (["recipe=quikstart"], ["no recipe 'quikstart'", "Did you mean quickstart?"]),

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import luthier
@@ -304,7 +305,14 @@ def _no_task(_: object) -> None:
 
 def train(loaded: LoadedConfig) -> int:
     """Train a valid configuration and write the card of its model; torch is imported here."""
-    from luthier.export.write_card import write_card
     from luthier.train.run import run
 
-    return run(loaded, write_card)
+    return run(loaded, _write_card)
+
+
+def _write_card(folder: Path) -> str | None:
+    """Write the card of a finished run's model; return what went wrong, or None."""
+    # numpy comes with it, which a mistake before the training does not need.
+    from luthier.export.write_card import write_card
+
+    return write_card(folder)

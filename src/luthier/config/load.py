@@ -156,8 +156,8 @@ def _grouped(composed: ComposedConfig, mistakes: list[Mistake]) -> list[Mistake]
     other_mistakes = [mistake for mistake in mistakes if mistake.key not in ("model", "dataset")]
     text = (
         "nothing is chosen. Add recipe=NAME: recipe=quickstart trains a small model on any "
-        "machine, and `luthier recipes` lists all. Or choose both model=NAME and dataset=NAME, such as "
-        "model=hub model.path=Qwen/Qwen3-0.6B dataset=files dataset.path=my.jsonl."
+        "machine, and `luthier recipes` lists all. Or choose both model=NAME and dataset=NAME, "
+        "such as model=hub model.path=Qwen/Qwen3-0.6B dataset=files dataset.path=my.jsonl."
     )
     return [Mistake("recipe", text), *other_mistakes]
 

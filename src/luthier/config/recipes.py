@@ -175,26 +175,34 @@ WRONG_INTERPOLATION = (
 
 def load_yaml(path: Path) -> dict[str, Any] | Mistake:
     """Read a YAML file as a mapping; what is wrong with it comes with file and line."""
-    # Options and recipes are listed without it.
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         text = path.read_text(encoding="utf-8")
         check_yaml_size(text, str(path))
         plain = _read_plain(text)
-        content = OmegaConf.to_container(OmegaConf.load(path)) if plain is None else plain
+        content = _load_with_omegaconf(path) if plain is None else plain
     except RecursionError:
         return Mistake(format_path(path), f"{TOO_DEEP}.")
     except yaml.MarkedYAMLError as error:
         return explain_yaml_error(error)
-    except OmegaConfBaseException as error:
-        return Mistake(f"{format_path(path)}: {error.full_key}", f"{WRONG_INTERPOLATION}.")
     except (ValueError, OSError, yaml.YAMLError) as error:  # a number of 5,000 digits
         return Mistake(format_path(path), f"cannot be read: {error}.")
+    if isinstance(content, Mistake):
+        return content
     if not isinstance(content, dict):
         return Mistake(format_path(path), "must be a mapping of keys to values.")
     return {str(key): value for key, value in content.items()}
+
+
+def _load_with_omegaconf(path: Path) -> Any:
+    """Return what a YAML file holds, or the mistake in one of its interpolations."""
+    # Most files have none, and it takes longer to import than they take to read.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except OmegaConfBaseException as error:
+        return Mistake(f"{format_path(path)}: {error.full_key}", f"{WRONG_INTERPOLATION}.")
 
 
 def _read_plain(text: str) -> dict[Any, Any] | None:

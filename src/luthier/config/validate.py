@@ -182,6 +182,8 @@ def suggest_setting(flag: str, value: str) -> str | None:
     key = name if name in (*GROUPS, *RunConfig.model_fields) else None
     if foreign := None if key else FOREIGN_SETTINGS.get(name):
         words = foreign.overrides(read_yaml(value)) if value else []
+        if not value and "true" in foreign.values:
+            words = foreign.overrides(True)
         return " ".join(words) or f"{foreign.keys[0]}=VALUE" if foreign.keys else None
     keys = [each for each in _all_keys() if name in (each, each.split(".")[-1])]
     key = key or next(iter(keys), None)

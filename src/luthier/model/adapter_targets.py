@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.methods import check_adapter
-from luthier.config.schema import RunConfig
+from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError, format_override
 from luthier.model.adapter_patterns import ALL_LINEAR, check_adapter_patterns, match_layers
 from luthier.model.expert_adapters import check_layers_in_files
 from luthier.model.experts import find_experts, find_routers, has_experts
+from luthier.model.gguf import converted_folder
 from luthier.model.model_class import find_text_modules, find_vision_modules, is_within
-from luthier.model.source import local_folder
+from luthier.model.source import find_gguf_file, local_folder
 from luthier.storage.sizes import read_safetensors_header
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
@@ -166,7 +167,7 @@ def check_names_in_files(config: RunConfig) -> None:
     It reads the heads of the files, or their index, and imports no library. Models whose weights
     are not here in safetensors are passed over: `check_adapter_names` asks the loaded model.
     """
-    folder = local_folder(config.model) if config.lora.is_enabled else None
+    folder = _find_weights(config.model) if config.lora.is_enabled else None
     if folder is None:
         return
     _check_experts_in_files(config, folder)
@@ -180,6 +181,15 @@ def check_names_in_files(config: RunConfig) -> None:
             is_named = bool(_find_layers(key, str(target), False, sorted(layers)))
             if not is_named and not _is_named_in_code(folder, str(target)):
                 raise UserError(_no_match_message(f"lora.{key}", str(target), sorted(layers)))
+
+
+def _find_weights(model: ModelConfig) -> Path | None:
+    """Return the folder with a model's safetensors; of a GGUF file, what it was converted into."""
+    folder = local_folder(model)
+    if folder is None and (file := find_gguf_file(model.path)):
+        converted = converted_folder(file)
+        return converted if (converted / "config.json").is_file() else None
+    return folder
 
 
 def _check_experts_in_files(config: RunConfig, folder: Path) -> None:
