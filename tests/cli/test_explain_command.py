@@ -45,7 +45,10 @@ ANSWERS = {
         ["micro_batch_size"],
         ["another trainer's name", "trainer.args.per_device_train_batch_size: a whole number"],
     ),
-    "foreign key with a value": (["load_in_4bit=true"], ["it is written quantization=nf4."]),
+    "foreign key with a value": (
+        ["load_in_4bit=true"],
+        ["another trainer's name", "quantization=nf4."],
+    ),
     "renamed key": (["dataset.shape"], ["dataset.shape is called dataset.type now."]),
 }
 

@@ -58,6 +58,8 @@ ORDINARY = {
     "another trainer on a recipe": ["recipe=tiny_tools", "trainer=dpo"],
     "group of a recipe off": [Q, "lora=none", "debug=fast", "tracker=wandb"],
     "heir": ["recipe=heir"],
+    "recipe of a sweep": ["recipe=sweep"],
+    "key that stands twice": ["recipe=twice"],
     "heir with a group chosen": ["recipe=heir", "lora=small"],
 }
 FOR_HYDRA = {
@@ -67,7 +69,6 @@ FOR_HYDRA = {
     "setting of a sweep": [Q, "hydra.sweeper.x=3"],
     "interpolation in a recipe": ["recipe=uses"],
     "option with a defaults list": [Q, "lora=mine"],
-    "key that stands twice": ["recipe=twice"],
     "group over a value": [Q, "seed.x=3"],
 }
 FILES = {
@@ -77,6 +78,7 @@ FILES = {
     "recipes/heir.yaml": "defaults: [parent, _self_, other, override /trainer: dpo]\n"
     "chat: {max_length: 7}\nmodel: {path: x, kwargs: {a: .5, b: 1_000, c: 0x1F, d: no, e: ~}}",
     "recipes/uses.yaml": "defaults: [quickstart]\nseed: ${oc.env:NO_SUCH_NAME,3}",
+    "recipes/sweep.yaml": "defaults: [quickstart]\nhydra: {sweeper: {params: {seed: '1,2'}}}",
     "recipes/twice.yaml": "defaults: [quickstart]\nseed: 1\nseed: 2",
     "conf/lora/mine.yaml": "defaults: [small]\nr: 5",
 }

@@ -154,7 +154,7 @@ ONE_MISTAKE = {
             *(Q, "trainer.args.load_best_model_at_end=true", "trainer.args.save_strategy=steps"),
             "trainer.args.save_steps=70",
         ],
-        ["save_steps (70) must be a multiple of eval_steps (30)"],
+        ["save_steps (70) must be a multiple of eval_steps (40)"],
     ),
     "two precisions": (
         [Q, "trainer.args.bf16=true", "trainer.args.fp16=true"],

@@ -266,8 +266,9 @@ def _useless_name(output_dir: object, typed: list[TypedOverride]) -> list[Mistak
 
 def _compose_directly(typed: list[TypedOverride], chain: RecipeChain) -> DirectConfig | None:
     """Return an ordinary config; None where Hydra has to compose."""
-    if not all(override.is_plain and "${" not in override.line for override in typed):
-        return None
+    for override in typed:
+        if not override.is_plain or "${" in override.line or override.key.startswith("hydra"):
+            return None
     options = {
         override.key: None if override.value is None else str(override.value)
         for override in typed

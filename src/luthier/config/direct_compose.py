@@ -69,6 +69,7 @@ def compose_directly(
             set_value(values, key, value)
     except (yaml.YAMLError, ValueError, OSError, RecursionError):
         return None
+    values.pop("hydra", None)  # of a recipe for a sweep, which one run does not read
     return DirectConfig(values, choices)
 
 
@@ -93,7 +94,10 @@ def _choose(
 
 
 def _merge_option(values: dict[str, Any], group: str, option: str) -> None:
-    file = _read(list_options(group)[option])
+    path = list_options(group).get(option)
+    if path is None:
+        raise _NotOrdinaryError
+    file = _read(path)
     if file.defaults is not None or file.package not in (None, "_global_"):
         raise _NotOrdinaryError
     _merge(values, file.values if file.package else {group: file.values})
@@ -165,6 +169,8 @@ def _read(path: Path) -> ConfigFile:
         raise _NotOrdinaryError
     header = [line for line in text.splitlines() if line.startswith("# @package")]
     match = _HEADER.fullmatch(header[0].rstrip()) if header else None
+    if len(header) > 1 or (header and match is None):
+        raise _NotOrdinaryError
     return ConfigFile(values, defaults, match[1] if match else None)
 
 
