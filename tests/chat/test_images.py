@@ -238,7 +238,7 @@ def test_what_is_refused_names_message_and_field(case):
 
 def test_a_model_of_text_refuses_images():
     encoder = ChatEncoder(_images_on(NO_ASSISTANT_IMAGES).tokenizer)
-    with pytest.raises(ChatError, match="this model takes text alone") as caught:
+    with pytest.raises(ChatError, match="this model takes text only") as caught:
         encoder.encode(PICTURE)
     assert caught.value.message == 0
 

@@ -210,7 +210,7 @@ BROKEN = {
     "JSON nested without end": (CALL % '{"n": ' + "[" * 50_000 + END, "not JSON"),
     "JSON nested deeply": (CALL % ('{"n": ' + "[" * 80 + "]" * 80 + "}") + END, "nested over 64"),
     "half of a surrogate pair": (CALL % '{"word": "\\ud800"}' + END, "surrogate"),
-    "other spaces": (CALL % '{"n":1}' + END, "writes this message otherwise: ' 1}"),
+    "other spaces": (CALL % '{"n":1}' + END, "writes this message differently: ' 1}"),
     "text behind a call": (CALL % "{}" + "\nSo." + END, "a call is followed by"),
     "no thought": ("An instrument." + END, "does not begin as the template begins"),
     "nothing": (END, "does not begin as the template begins"),

@@ -289,6 +289,6 @@ def test_a_reply_goes_on_behind_its_image(luthier, write, tmp_path):
     words += ["dataset.eval.share=null", "trainer.args.eval_strategy=no"]
     code, out, _ = luthier("check", *words)
     assert code == 0
-    assert "✓ trained tokens end with a stop token        1 replies" in out
+    assert "✓ trained tokens end with a stop token        1 reply" in out
     _, out, _ = luthier("preview", *words)
     assert "|« |H|e|r|e|:| »|[image 30x30: 34 tokens]|« |s|o|.|" in out

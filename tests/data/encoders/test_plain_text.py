@@ -158,7 +158,7 @@ def test_added_tokens_of_the_template_are_control_tokens_too():
 
 def test_a_control_token_that_stays_one_names_its_document():
     encoder = WindowEncoder(words(eos_token="</s>"), None)
-    with pytest.raises(ChatError, match="row 1: '</s>' stands in the row's text"):
+    with pytest.raises(ChatError, match="row 1: '</s>' is in the row's text"):
         encoder.encode_batch(["a", "a </s> b"])
 
 

@@ -103,7 +103,7 @@ def test_an_empty_file_among_others_is_a_bad_row(write, read):
         ("empty/a.jsonl", {}, ["There are no data files (.jsonl, .ndjson"]),
         ("*.josnl", {}, ["no file matches *.josnl", "In that folder: train.jsonl"]),
         ("nowhere/**/*.jsonl", {}, ["no file matches", "There is no folder /"]),
-        ("empty", {}, ["empty holds no data files", "path=empty/**/*.jsonl"]),
+        ("empty", {}, ["empty holds no data files", "empty/**/*.jsonl"]),
         ("above", {}, ["above holds no data files"]),
         ("mixed", {}, ["mixed holds files of several formats (1 csv, 1 json)", "Set format to"]),
         ("mixed", {"format": "parquet"}, ["mixed holds no parquet files"]),

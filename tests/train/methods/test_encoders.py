@@ -67,7 +67,7 @@ def test_a_method_of_text_alone_names_the_row_with_an_image(models, tmp_path, me
     text = str(raised.value)
     assert "rows.jsonl:2" in text
     assert f"the message has an image, and trainer.method={method} trains on text only" in text
-    assert "trainer=sft and trainer=dpo take images" in text
+    assert "Use trainer=sft or trainer=dpo" in text
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -78,7 +78,7 @@ def test_a_model_of_text_alone_names_the_row_with_an_image(models, tmp_path, met
         prepare(config.dataset, encoders, tokenizer, config.seed)
     text = str(raised.value)
     assert "rows.jsonl:2" in text
-    assert "this model takes text alone" in text
+    assert "this model takes text only" in text
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "python:own.py:Own"])
