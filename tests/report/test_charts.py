@@ -70,6 +70,12 @@ def test_a_curve_stays_inside_its_picture(points):
     assert len(set(texts)) == len(texts), "two grid lines have one number"
 
 
+@pytest.mark.parametrize("name, is_log", [("eval_loss", True), ("learning_rate", False)])
+def test_a_loss_alone_has_a_scale_of_ratios(name, is_log):
+    page = draw_lines(name, [Line("train", [(0, 100.0), (1, 1.0)])])
+    assert ("log scale" in page) == is_log
+
+
 def test_values_that_are_not_finite_are_counted_and_not_drawn():
     page = draw_lines("loss", [Line("train", [(1, 1.0), (2, math.nan), (3, math.inf)])])
     assert "2 values are not finite" in page and "nan" not in page.lower().replace("finite", "")

@@ -131,10 +131,10 @@ def test_a_large_run_makes_a_page_of_two_megabytes_at_most(tmp_path):
     names = [f"rewards/part_{n}" for n in range(60)]
     metrics = [{"step": n, "epoch": 0, "loss": 1 / n} for n in range(1, 100_001)]
     metrics[::50] = [row | dict.fromkeys(names, row["step"] % 97) for row in metrics[::50]]
-    replies = [{"prompt": "p" * 9000, "before": "b" * 9000, "after": "a", "expected": "e"}] * 500
+    replies = [{"prompt": "lute " * 1800, "before": "b", "after": "a", "expected": "e"}] * 500
     folder = write_run(
         tmp_path / "run", metrics=metrics, replies=replies, data=DATA | {"rows": [row] * 4},
-        record=record_of(overrides=["a=b" * 5000] * 200, error="e" * 100_000),
+        record=record_of(overrides=["a=b " * 200] * 150, error="why " * 9000),
     )  # fmt: skip
     page, reader = page_of(folder)
     assert len(page.encode()) < 2_000_000

@@ -21,6 +21,7 @@ _MARKED_POINTS = 40
 """Lines of so few points have a mark at each of them."""
 _SMOOTHED_POINTS = 50
 """Curves of as many points have a smoothed line above them."""
+_LOG_NAMES = ("loss", "perplexity", "grad_norm")
 _WIDTH, _HEIGHT = 360, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 24
 
@@ -125,7 +126,8 @@ def smooth_points(points: Points, weight: float = 0.9) -> Points | None:
 def draw_lines(title: str, lines: Sequence[Line], note: str = "") -> str:
     """Return a chart of values over steps as HTML; empty where no line has a finite value.
 
-    The value axis has a scale of ratios where values fall or rise by more than twenty times.
+    The value axis of a loss has a scale of ratios where it changes by more than twenty times: on
+    an even scale its start would flatten all the rest.
     """
     note_parts = [note] if note else []
     lines, invalid = _with_finite_values(lines)
@@ -135,7 +137,7 @@ def draw_lines(title: str, lines: Sequence[Line], note: str = "") -> str:
         note_parts.append(f"{invalid:,} {'value is' if invalid == 1 else 'values are'} not finite")
     values = [value for line in lines for _, value in (*line.points, *(line.smooth or ()))]
     steps = [step for line in lines for step, _ in line.points]
-    is_log = 0 < min(values) < max(values) / 20
+    is_log = title.endswith(_LOG_NAMES) and 0 < min(values) < max(values) / 20
     ticks = _log_ticks(min(values), max(values)) if is_log else _ticks(min(values), max(values))
     frame = _Frame(min(steps), max(steps), min(*ticks, *values), max(*ticks, *values), is_log)
     total = sum(len(line.points) for line in lines)

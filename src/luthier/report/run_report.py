@@ -126,9 +126,11 @@ def describe_run(run: RunFiles) -> str:
     processes = (run.record.get("launch") or {}).get("processes") or 1
     seconds = run.record.get("training_seconds") or run.record.get("seconds")
     took = f" in {format_duration(seconds)}" if seconds else ""
+    count = run.last_step
+    steps = f"{count:,} {'step' if count == 1 else 'steps'}" if count else "no step was logged"
     return (
         f"{model}{f' ({gguf[0]})' if gguf else ''}, trained by {method} ({_describe_weights(run)}) "
-        f"on {rows} of {_describe_data(run)}: {run.last_step:,} steps{took} on "
+        f"on {rows} of {_describe_data(run)}: {steps}{took} on "
         f"{_describe_machine(run)}{f', {processes} processes' if processes > 1 else ''}."
     )
 
