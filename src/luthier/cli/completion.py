@@ -117,10 +117,10 @@ def _arguments(command: str, before: list[str], current: str) -> Iterator[str]:
     typed = COMMANDS[command].typed.split()[1:]
     current = current.lstrip("\"'")
     positional = [word for word in before if "=" not in word and not word.startswith("-")]
-    name = typed[len(positional)] if len(positional) < len(typed) else ""
+    name = typed[len(positional)].strip("[]") if len(positional) < len(typed) else ""
     if command == "completion":
         yield from _SCRIPTS
-    elif name in ("RUN", "MODEL", "FOLDER", "[RUN", "FILE", "SWEEP") and "=" not in current:
+    elif name in ("RUN", "MODEL", "FOLDER", "FILE") and "=" not in current:
         yield from _runs() if name != "FILE" else ()
         yield from _paths(current)
     elif "KEY" in typed[:1] or any(word.startswith(("[key=", "recipe=")) for word in typed):
