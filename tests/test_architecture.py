@@ -56,8 +56,8 @@ BEFORE_NUMPY = ("train.run", "data.quick_check", "cli.train", "cli.main", "confi
 """Modules on the way to a mistake in a config; numpy and pyarrow come after it."""
 
 LONGEST_FUNCTION = 80
-MOST_MODULES = 340
-MOST_LINES = 79_000
+MOST_MODULES = 382
+MOST_LINES = 90_500
 LEAST_COMMENTS = 0.02
 MOST_VAGUE_NAMES = 0.03
 VAGUE = frozenset(
