@@ -52,7 +52,7 @@ def test_what_is_odd_is_said_and_left_out(luthier, workplace):
     code, out, _ = luthier("init", "rows.jsonl", *MODEL)
     said = " ".join(out.split())
     assert code == 0
-    assert "1 row cannot be read, and the recipe leaves them out" in said or "1 row cannot" in said
+    assert "1 row cannot be read; the recipe leaves it out. The first: rows.jsonl:34: " in said
     assert "1 row repeats an earlier one (rows.jsonl:31)" in said
     assert "1 row has an empty reply (rows.jsonl:32); the recipe leaves it out" in said
     assert "the role 'human' (rows.jsonl:33); `user` is most likely meant" in said
@@ -113,6 +113,12 @@ def test_mistakes_are_said_in_words(words, message, luthier, tmp_path, workplace
     code, _, err = luthier("init", *words)
     assert code == 2 and message in err
     assert not (tmp_path / "recipes").exists()
+
+
+def test_a_recipe_that_hides_a_bundled_one_is_named(luthier, tmp_path, workplace):
+    format_rows.write_rows(tmp_path / "quickstart.jsonl", "messages")
+    _, out, _ = luthier("init", "quickstart.jsonl", *MODEL)
+    assert "recipe=quickstart now means recipes/quickstart.yaml, and no longer" in out
 
 
 def test_nothing_is_overwritten_and_another_name_is_possible(luthier, tmp_path, workplace):

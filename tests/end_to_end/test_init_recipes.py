@@ -13,7 +13,13 @@ def t5(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("format_name", format_rows.ROWS)
+FORMATS = [
+    pytest.param(name, marks=pytest.mark.long if name in ("sharegpt", "alpaca") else ())
+    for name in format_rows.ROWS
+]
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
 def test_a_recipe_runs_as_it_is(format_name, forks, tiny, t5, luthier, tmp_path, workplace):
     model = t5 if format_name == "seq2seq" else tiny / "model"
     format_rows.write_rows(tmp_path / "rows.jsonl", format_name)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from luthier.cli.arguments import CommandLine, Flag
-from luthier.config.recipes import list_recipes
 from luthier.errors import Mistake, UserError
 from luthier.recipe_files.conversion import Conversion
 from luthier.recipe_files.draft import (
     command_prefix,
+    describe_shadowed,
     recipe_path,
     typed_recipe,
     wrap,
@@ -53,22 +53,17 @@ def run(arguments: list[str]) -> int:
     path = recipe_path(parsed.texts.get("-o"), default_name(file), "--force" in parsed.switches)
     converted = convert_file(file, Path(info).expanduser() if info else None, method)
     conversion = converted.conversion
-    shadows = _shadowed(path)
+    note = describe_shadowed(path)
     command = f"{command_prefix(path)}luthier train {typed_recipe(path)}"
     conversion.draft.header.append(f"Command: {command}")
     write_recipe(path, conversion.draft)
     print(f"{conversion.project} config {file} -> {path}\n")
     _print(conversion)
-    if shadows:
-        print(f"{path} now comes before luthier's own recipe of the name {path.stem}.\n")
+    if note:
+        print(f"{note}\n")
     _print_mistakes(converted.mistakes)
     _print_next(conversion, path)
     return 1 if converted.mistakes else 0
-
-
-def _shadowed(path: Path) -> bool:
-    """Return whether another recipe has this name, and would not be found any more."""
-    return any(r.name == path.stem and r.path.resolve() != path.resolve() for r in list_recipes())
 
 
 def _print(conversion: Conversion) -> None:

@@ -10,6 +10,7 @@ from luthier.config.validate import validate_config
 from luthier.errors import Mistake, UserError
 from luthier.recipe_files.draft import (
     command_prefix,
+    describe_shadowed,
     recipe_name,
     recipe_path,
     typed_recipe,
@@ -72,8 +73,11 @@ def run(arguments: list[str]) -> int:
     _print_lengths(inputs)
     _print_oddities(inputs)
     prefix, recipe = command_prefix(path), typed_recipe(path)
+    note = describe_shadowed(path)
     write_recipe(path, draft_recipe(inputs, f"{prefix}luthier train {recipe}"))
     _print_recipe(inputs, path)
+    if note:
+        _print_line("name", note)
     _print_next(inputs, f"{prefix}luthier", recipe)
     return 0
 
@@ -183,7 +187,8 @@ def _print_oddities(inputs: "RecipeInputs") -> None:
     if rows := survey.bad.rows:
         first = f"{rows[0].where}: {rows[0].problem}"
         count = _plural(len(rows), "row cannot", "rows cannot")
-        lines.append(f"{count} be read, and the recipe leaves them out. The first: {first}")
+        them = "it" if len(rows) == 1 else "them"
+        lines.append(f"{count} be read; the recipe leaves {them} out. The first: {first}")
     if places := survey.empty:
         count = _plural(len(places), "row has", "rows have")
         them = "it" if len(places) == 1 else "them"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from luthier.config.recipes import format_path, recipe_folders
+from luthier.config.recipes import format_path, list_recipes, recipe_folders
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError, format_for_hydra
 from luthier.storage.atomic import write_text
@@ -186,6 +186,17 @@ def write_recipe(path: Path, draft: RecipeDraft) -> None:
     with explain_write_errors(path, "-o"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, draft.text())
+
+
+def describe_shadowed(path: Path) -> str:
+    """Return a sentence on a recipe of the same name that this one hides; empty for none.
+
+    To be asked before the recipe is written.
+    """
+    hidden = [r for r in list_recipes() if r.name == path.stem and r.path != path.resolve()]
+    if not hidden:
+        return ""
+    return f"recipe={path.stem} now means {path}, and no longer {format_path(hidden[0].path)}."
 
 
 def typed_recipe(path: Path) -> str:
