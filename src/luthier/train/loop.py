@@ -342,7 +342,7 @@ def _announce_measurement(session: TrainingSession, when: str) -> None:
     texts = [f"the loss of {pluralize(rows, 'held-out row')}"] if rows else []
     if replies:
         has_metrics = any(prompts.metrics for prompts in prompt_sets)
-        setting = "rows=20 for fewer" if has_metrics else "samples=0 for none"
+        setting = "rows sets how many" if has_metrics else "samples=0 for none"
         texts.append(f"{pluralize(replies, 'reply', 'replies')} (trainer.evaluation.{setting})")
     if texts:
         console.print_line(f"measuring {when}: {' and '.join(texts)}")
