@@ -24,7 +24,9 @@ from luthier.config.methods import METHODS
 from luthier.config.passthrough import PASS_THROUGH_KEYS
 from luthier.config.schema import DatasetConfig, RunConfig
 from luthier.data.examples import BadRows, check_sources
+from luthier.errors import UserError
 from luthier.python_code import check_python_path
+from luthier.sweep.sweep_plan import plan_sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -195,6 +197,117 @@ def test_a_command_on_a_page_exists(command, luthier):
 
 def has_flag(page: str, flag: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", page) is not None
+
+
+COMPOSED = ("train", "launch", "preview", "check", "plan", "prepare")
+"""The commands that take a run's settings."""
+UNFINISHED = re.compile(r"\.\.\.$|<|(?<![A-Za-z0-9-])[A-Z]{4,}")
+"""What the reader has to put something in place of, such as `NAME` and `recipe=...`."""
+REFUSED = {"luthier train recipe=quickstart lora.rr=3 trainer.args.lerning_rate=1"}
+"""Commands that a page shows for the message that answers them."""
+READERS_RECIPE = """
+defaults:
+  - override /model: smollm2_135m
+  - override /lora: default
+  - override /dataset: files
+dataset:
+  path: mine.jsonl
+chat:
+  max_length: 1024
+"""
+
+
+class Composed(NamedTuple):
+    """A command on a page, by what it says of a run."""
+
+    command: Command
+    overrides: list[str]
+    is_sweep: bool
+    is_planned: bool
+    """It plans a run, for which neither the GPU nor the weights are needed."""
+
+    def __str__(self) -> str:
+        return str(self.command)
+
+
+def composed_commands() -> Iterator[Composed]:
+    """Yield the commands that can be composed as they stand on a page."""
+    for command in ALL_COMMANDS:
+        words = command.words
+        if words[0] == "luthier" and (len(words) == 1 or words[1] not in COMPOSED):
+            continue
+        overrides = [word for word in words if word[0] != "-" and OVERRIDE.match(word)]
+        if overrides and not any(UNFINISHED.search(word) for word in words):
+            yield Composed(command, overrides, "-m" in words, words[1] == "plan")
+
+
+ALL_COMPOSED = list(composed_commands())
+DIFFERENT = {(*each.overrides, each.is_sweep): each for each in reversed(ALL_COMPOSED)}
+
+
+def write_readers_files(composed: Composed) -> None:
+    """Write the recipe, the rows and the code that a page supposes its reader to have."""
+    text = " ".join(composed.overrides)
+    Path("recipes").mkdir()
+    for name in re.findall(r"recipe=(\w+)", text):
+        if is_readers(name):
+            Path(f"recipes/{name}.yaml").write_text(READERS_RECIPE, encoding="utf-8")
+    Path("mine.jsonl").write_text('{"prompt": "Hi", "completion": "Hello!"}\n', encoding="utf-8")
+    page = composed.command.page.read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    for place in re.findall(r"python\\?:([\w./]+?)(?:\.py\\?:|\.)\w+(?![\w.:])", text):
+        file = Path(place.replace(".", "/") + ".py")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(code, encoding="utf-8")
+
+
+SMALL = ["model=smollm2_135m", "dataset=files", "dataset.path=mine.jsonl"]
+
+
+def compose(composed: Composed) -> None:
+    if composed.is_sweep:  # it looks at the rows and at the model
+        plan_sweep([*composed.overrides, *SMALL])
+    else:
+        load_config(composed.overrides)
+
+
+@pytest.mark.parametrize("composed", DIFFERENT.values(), ids=str)
+def test_a_command_on_a_page_is_valid(composed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_readers_files(composed)
+    if composed.command.text in REFUSED:
+        with pytest.raises(UserError) as refused:
+            compose(composed)
+        page = composed.command.page.read_text(encoding="utf-8")
+        assert [line for line in str(refused.value).splitlines() if line not in page] == []
+    else:
+        compose(composed)
+
+
+def needs_gpu_or_hub(composed: Composed) -> bool:
+    """Tell it by the names of model and data, and by the header of the recipe."""
+    if composed.is_planned or composed.command.text in REFUSED:
+        return False
+    settings = dict(word.split("=", 1) for word in composed.overrides)
+    recipe = ROOT / "recipes" / f"{settings.get('recipe')}.yaml"
+    if recipe.exists() and "model" not in settings:
+        needs = re.search(r"^# Needs: (.*)", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+        if needs and re.search(r"(?<!no )(GPU|network)", needs[1]):
+            return True
+    names = [str(settings.get(key)) for key in ("model.path", "dataset.path")]
+    return any(re.fullmatch(r"[A-Za-z][\w-]*/[\w.-]+", name) for name in names)
+
+
+def test_a_page_says_that_its_commands_for_a_gpu_or_the_hub_were_not_run():
+    silent = set()
+    for composed in ALL_COMPOSED:
+        page = composed.command.page
+        if page not in silent and needs_gpu_or_hub(composed):
+            paragraphs = re.split(r"\n\s*\n", page.read_text(encoding="utf-8"))
+            said = r"(?s)\b(not|never)\s+run\b.*(GPU|hub)|(GPU|hub).*\b(not|never)\s+run\b"
+            if not any(re.search(said, text) for text in paragraphs):
+                silent.add(page)
+    assert [page.name for page in sorted(silent)] == []
 
 
 def mentioned(pattern: str) -> list[tuple[str, str]]:
