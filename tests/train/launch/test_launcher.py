@@ -76,7 +76,8 @@ def test_two_sharded_processes_stop_and_fail_in_words(tmp_path):
     assert len(ranks) == 2 and not any(rank.is_running() for rank in ranks)
     out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
     assert out.startswith("launch    accelerate launch --config_file mine.yaml --num_processes 2")
-    assert out.count("by SIGTERM") == 1 and not any(word in out + err for word in NOISE), err
+    assert (out.count("Stopped after step"), err.count("SIGTERM: stopping after")) == (1, 1), err
+    assert not any(word in out + err for word in NOISE), err
     now = record(run)
     assert (now["status"], now["launch"]["sharding"]) == ("stopped", "fsdp2")
     assert now["launch"]["launcher"]["config_file"].endswith("mine.yaml")
