@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier.config.library_fields import read_class_fields
 from luthier.config.methods import METHODS
-from luthier.errors import UserError, suggest_options
+from luthier.errors import UserError, format_override, suggest_options
 from luthier.recipe_files.conversion import (
     NO_NEED,
     Conversion,
@@ -218,7 +218,7 @@ def _freeze(conversion: Conversion) -> None:
         key,
         f"ATTENTION: without it all weights train. {layers} layers train there; here name their "
         "parameters by pattern, for the last two of 32 layers: "
-        r"model.train=['layers\.30\.','layers\.31\.']",
+        + format_override("model.train", [r"layers\.30\.", r"layers\.31\."]),
     )
     conversion.refuse(
         dict.fromkeys(
