@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -180,6 +180,7 @@ WORDS = st.text(alphabet="ab1.=[]{}()'\"\\,:;<>&|$*?#!~@%+- \t\n", max_size=12)
 
 
 @settings(max_examples=150, deadline=None)
+@example(["1=", ""], "")
 @given(st.lists(WORDS, min_size=1, max_size=2), st.sampled_from(["lora.r=", "dataset.filter=", ""]))
 def test_no_word_of_the_parser_reaches_the_user(words, key):
     words[0] = key + words[0]

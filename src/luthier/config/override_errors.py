@@ -149,7 +149,7 @@ def _suggest(key: str, value: str) -> str:
         content = _read_yaml(value) or _read_yaml(f"{value}{closing}")
         form = "[a, b]" if value[0] == "[" else "{name: value}"
         return format_override(key, content) if content else f"{quote(f'{key}={form}')}, say"
-    return format_override(key, value.strip("\"'") if value[0] in "\"'" else value)
+    return format_override(key, value.strip("\"'") if value[:1] in ("'", '"') else value)
 
 
 def _read_yaml(text: str) -> list[Any] | dict[Any, Any] | None:
