@@ -129,3 +129,19 @@ def test_no_line_is_flat_and_no_point_is_cut(values, name, ends):
     from luthier.record.plots import _value_limits
 
     assert _value_limits(values, name) == pytest.approx(ends, abs=1e-3)
+
+
+AXES = {
+    "tokens": ({"mean_token_accuracy": 0.5}, "loss per trained token (nats)"),
+    "pairs": ({"mean_token_accuracy": 0.5, "rewards/margins": 0.1}, "loss"),
+    "classes": ({"eval_accuracy": 0.5}, "loss"),
+}
+
+
+@pytest.mark.parametrize(("metrics", "label"), AXES.values(), ids=AXES)
+def test_the_axis_says_what_the_loss_is_of(metrics, label, tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, text, **_: labels.append(text))
+    rows = [{"step": 1, "loss": 2.0, **metrics}, {"step": 2, "loss": 1.0, **metrics}]
+    assert plot_loss(rows, "mine", tmp_path / "loss.png")
+    assert labels == [label]

@@ -76,7 +76,10 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
     if name == "reward":
         axes.set_ylabel("mean reward of completions")
     else:
-        axes.set_ylabel("loss per trained token (nats)")
+        # Preferences have losses of pairs, classes those of rows.
+        names = {key for row in metrics for key in row}
+        is_by_token = "mean_token_accuracy" in names and "rewards/margins" not in names
+        axes.set_ylabel("loss per trained token (nats)" if is_by_token else "loss")
     axes.set_ylim(*_value_limits([value for _, value in points], name))
     steps = [step for step, _ in points]
     axes.set_xlim(0, max(1, *steps))
