@@ -447,7 +447,7 @@ def test_the_page_of_recipes_lists_every_recipe():
 
 def test_the_page_on_code_lists_every_setting_that_takes_some():
     page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
-    rows = page[page.index("## Where it can stand") :].partition("\n## ")[0]
+    rows = page[page.index("## Where you can use it") :].partition("\n## ")[0]
     listed = [SPAN.findall(line)[0] for line in rows.splitlines() if line.startswith("| `")]
     assert listed == list(CODE_SETTINGS)
 
