@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.config import load_config
@@ -135,6 +135,7 @@ overrides = st.lists(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(overrides)
 def test_a_name_can_be_typed(pairs):
     lines = [f"{key}={value}" for key, value in pairs]
