@@ -169,7 +169,7 @@ def test_an_interrupt_is_a_checkpoint_and_the_same_call_goes_on(tiny, tmp_path):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(TrainingStopped, match="the same call goes on from there") as stopped:
+    with pytest.raises(TrainingStopped, match="Make the same call to resume") as stopped:
         luthier.train(settings)
     thread.join()
     run = stopped.value.run

@@ -34,11 +34,11 @@ _STYLE = "border-collapse:collapse;margin:.5em 0"
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """A training was asked to stop, by Ctrl-C or a signal; the same call goes on with it."""
+    """A training was stopped, by Ctrl-C or a signal; the same call resumes it."""
 
     def __init__(self, run: "Run") -> None:
         super().__init__(
-            f"{run.folder} stopped behind its last whole step; the same call goes on from there."
+            f"{run.folder} stopped after its last complete step. Make the same call to resume."
         )
         self.run = run
 

@@ -77,7 +77,9 @@ COMMANDS = {
         "the runs and sweeps here, the newest first",
         "luthier.cli.runs:run",
     ),
-    "show": Command("show RUN", "what made a run, and what came out", "luthier.cli.show:run"),
+    "show": Command(
+        "show RUN", "a run's status, what made it, its results", "luthier.cli.show:run"
+    ),
     "diff": Command(
         "diff RUN RUN", "what differs between two runs, group by group", "luthier.cli.diff:run"
     ),
@@ -88,7 +90,7 @@ COMMANDS = {
     ),
     "reproduce": Command(
         "reproduce RUN",
-        "a run again, from its record: is it identical?",
+        "train a run again from its record, and compare",
         "luthier.cli.reproduce:run",
     ),
     "sweep": Command(

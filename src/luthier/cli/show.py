@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = CommandLine(
     "show",
-    "luthier show RUN [--rollouts]\n\nPrints what made a run, how it stands and what came out. RUN "
-    "is its folder, or its\nname below runs/.",
+    "luthier show RUN [--rollouts]\n\nPrints a run's status, what made it, and its results. RUN is "
+    "its folder, or its\nname below runs/.",
     (Flag("--rollouts", None, "print the last completions that GRPO or RLOO recorded"),),
     "  luthier show runs/quickstart/default\n  luthier show quickstart/default\n"
     "  luthier show runs/tiny_tools/default --rollouts\n",

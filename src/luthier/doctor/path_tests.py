@@ -96,7 +96,7 @@ def _train_paths(paths: list[TrainingPath], folder: Path) -> Iterator[PathResult
         path = by_name[line["name"]]
         failure = failures.get(_REFERENCE_NAME.format(path.reference))
         if failure is not None:
-            line["problem"] = f"the reference on the CPU, which it is held against: {failure}"
+            line["problem"] = f"its reference on the CPU failed: {failure}"
         yield judge_path(path, line)
 
 

@@ -148,7 +148,7 @@ def _in_use(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         who = "another process"
     return (
-        f"output_dir: {folder} is in use by another run ({who}), and this one gives way.\n"
+        f"output_dir: {folder} is in use by another run ({who}), so this one stops.\n"
         "Wait for it, stop it, or choose another output_dir."
     )
 

@@ -78,7 +78,7 @@ def check_fsdp_config(config: RunConfig) -> None:
     problem = _packed_weights_problem(config)
     if problem is not None:
         raise UserError(
-            f"{problem}\nUse quantization=nf4, which was held against one process, or {_DDP}, "
+            f"{problem}\nUse quantization=nf4, which was compared with one process, or {_DDP}, "
             "where each process has the packed weights whole."
         )
 

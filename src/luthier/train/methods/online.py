@@ -351,7 +351,7 @@ class OnlineTrainerMixin(TrainerMixin, Base):
             self.is_scheduled_save = False
             # The Trainer of transformers has no public way to take a checkpoint within a step.
             self._save_checkpoint(self.model, None)
-        return f"The {step} steps before it are saved, and the same command goes on from there."
+        return f"The {step} steps before it are saved. Run the same command to resume."
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one set, whose name its metrics will have."""

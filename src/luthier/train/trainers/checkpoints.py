@@ -53,7 +53,7 @@ def report_unreadable_checkpoint(checkpoint: str | None) -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{checkpoint}: its optimizer or random state cannot be read: {reason}\nRemove this "
-            "checkpoint, and the same command goes on from the one before."
+            "checkpoint and run the same command again: it resumes from the one before."
         ) from error
 
 
@@ -125,7 +125,7 @@ def _disk_full_message(folder: Path, reason: str) -> str:
     return (
         f"The disk of {folder} is full ({reason}), so the run stops.\n"
         f"{left}. Free some space, or keep fewer checkpoints (trainer.args.save_total_limit, "
-        "trainer.checkpoints.budget), and the same command goes on."
+        "trainer.checkpoints.budget). Then run the same command to resume."
     )
 
 
