@@ -16,7 +16,7 @@ import yaml
 
 from luthier.config.recipes import RecipeChain, bundled_folder, list_options
 from luthier.config.schema import GROUPS
-from luthier.storage.typed_files import compose_yaml
+from luthier.storage.typed_files import FEW_VALUES, check_tree_size, compose_yaml
 
 _HEADER = re.compile(r"# @package[ \t]+(\S+)")
 _BUNDLED = re.compile(r"\$\{luthier:(\w+)\}")
@@ -177,9 +177,12 @@ def _read(path: Path) -> ConfigFile:
 def read_yaml(text: str) -> Any:
     """Return the value of a text of YAML as OmegaConf reads it; an empty mapping for no text.
 
-    Raises yaml.YAMLError, and ValueError for a key that stands twice.
+    Raises yaml.YAMLError, for a text that stands for too much as well, and ValueError for a key
+    that stands twice.
     """
     node = compose_yaml(text, loader=_loader())
+    # Before a value is made: a few lines of aliases stand for billions.
+    check_tree_size(node, max(len(text), FEW_VALUES))
     value = _loader()("").construct_document(node) if node else None
     return {} if value is None else value
 

@@ -64,17 +64,28 @@ def parse_yaml(text: str, name: str = "", limit: int | None = None) -> Any:
 
 def check_yaml_size(text: str, name: str = "", limit: int | None = None) -> None:
     """Raise yaml.YAMLError, by the rules of `parse_yaml`, for a text that stands for too much."""
-    limit = limit or max(len(text), FEW_VALUES)
     try:
         root = compose_yaml(text, name)
+    except RecursionError:
+        raise _excessive_yaml(TOO_DEEP, name) from None
+    check_tree_size(root, limit or max(len(text), FEW_VALUES), name)
+
+
+def check_tree_size(root: yaml.Node | None, limit: int, name: str = "") -> None:
+    """Raise yaml.YAMLError for the tree of a text that stands for more than `limit` values."""
+    try:
         count, depth = (0.0, 0.0) if root is None else _measure_yaml(root, {})
     except RecursionError:
         count, depth = 0.0, math.inf
-    if depth > MAX_DEPTH or count > limit:
-        start = yaml.Mark(name, 0, 0, 0, None, 0)
+    if count > limit:
         many = f"it stands for more than {limit:,} values; aliases (*name) repeat many"
-        problem = many if count > limit else TOO_DEEP
-        raise ExcessiveYamlError(problem=problem, problem_mark=start)
+        raise _excessive_yaml(many, name)
+    if depth > MAX_DEPTH:
+        raise _excessive_yaml(TOO_DEEP, name)
+
+
+def _excessive_yaml(problem: str, name: str) -> ExcessiveYamlError:
+    return ExcessiveYamlError(problem=problem, problem_mark=yaml.Mark(name, 0, 0, 0, None, 0))
 
 
 _MOST_CHARS, _MOST_OPENED = 100_000, 2_000
