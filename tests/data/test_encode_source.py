@@ -166,7 +166,7 @@ def test_a_row_that_a_worker_refuses_is_named(write):
 
 def test_a_worker_that_is_killed_in_words(write):
     write("data.jsonl", MANY)
-    with pytest.raises(UserError, match=r"dataset\.workers: a process that encodes .* was ended"):
+    with pytest.raises(UserError, match=r"dataset\.workers: a process that encodes .* was killed"):
         prepared({"path": "data.jsonl", "workers": 2}, encoder=Ended())
     assert entries() == []
 

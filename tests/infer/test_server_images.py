@@ -138,7 +138,7 @@ def test_a_model_of_text_reads_no_images(tuned_llm):
         answer = client.post(CHAT, json=question(image("/etc/passwd")))
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == (
-        "messages[0].content: the message has an image, and this model reads text alone."
+        "messages[0].content: the message has an image, and this model takes text only."
     )
 
 

@@ -55,7 +55,7 @@ def test_six_trials_one_fails_killed_in_the_middle_and_continued(tmp_path, sweep
     assert rows[0]["lora.r"] == "16"
     assert "rank 8 is big" in rows[4]["error"]
     page = (folder / "sweep.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<svg") == 3
     assert "rank 8 is big" in page
     assert 'src="http' not in page
     best_is_the_trial(folder, 4)

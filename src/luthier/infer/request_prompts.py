@@ -218,8 +218,7 @@ def _prompt_error(error: ChatError, request: ConversationRequest) -> ApiError:
     text = error.text.replace("refuses the row", "refuses the conversation")
     if error.reason == "content is not text":
         # What follows is about training.
-        text = text.replace("this model takes text alone; use a vision-language model, or remove "
-                            "the image", "this model reads text alone")  # fmt: skip
+        text = text.replace("; use a vision-language model, or remove the image", "")
     if error.reason == "unknown role":
         # What follows is about a setting of the training.
         text = text.partition(" If the chat template")[0].rstrip(".")

@@ -32,7 +32,7 @@ def test_prompts(fields, settings, messages):
 
 
 def test_a_prompt_alone_is_no_format_by_itself():
-    with pytest.raises(UserError, match=r"prompts alone: dataset\.type=prompt"):
+    with pytest.raises(UserError, match=r"prompts without replies: dataset\.type=prompt"):
         detect({"prompt": "2 + 2?", "solution": "4"})
 
 
