@@ -209,6 +209,10 @@ def test_two_processes_train_as_one(tmp_path):
         assert said["last"] == pytest.approx({key: last[key] for key in said["last"]}, rel=1e-4)
 
 
+UNLIKE = ("epoch", "step", "tokens_per_second", "memory_gib")
+"""What two processes log otherwise than one, or what is told elsewhere."""
+
+
 def main(folder):
     """Train and evaluate each kind in this process's part of two, and leave what came out."""
     for name in KINDS:
@@ -222,7 +226,7 @@ def main(folder):
             times = ("second", "time", "epoch")
             kept = {k: v for k, v in measured.items() if not any(word in k for word in times)}
             log = [line for line in made.state.log_history if "loss" in line]
-            last = {key: value for key, value in log[-1].items() if key not in ("epoch", "step")}
+            last = {key: value for key, value in log[-1].items() if key not in UNLIKE}
             said = {"losses": losses(made), "measured": kept, "last": last}
             (folder / f"{name}.json").write_text(json.dumps(said), encoding="utf-8")
         made.accelerator.wait_for_everyone()

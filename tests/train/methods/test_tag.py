@@ -198,7 +198,7 @@ def test_a_run_learns_entities_and_its_model_tags_in_a_plain_pipeline(tmp_path):
     }  # fmt: skip
     assert results["entity_f1"]["before"] < 0.5
     assert results["entity_f1"]["after"] > 0.9
-    assert "entity f1" in output
+    assert "entity_f1" in output
     tagger = pipeline(
         "token-classification", model=str(tmp_path / "run" / "model"), aggregation_strategy="first"
     )
