@@ -124,10 +124,10 @@ CHATS = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant
     ("method", "rows", "words"),
     [
         ("pretrain", CHATS, "trainer=pretrain needs plain texts. Use trainer=sft, grpo"),
-        ("dpo", CHATS, "trains on pairs of a chosen and a rejected reply"),
+        ("dpo", CHATS, "trainer=dpo needs preference pairs (a chosen and a rejected reply)"),
         ("reward", TEXTS, "these rows are plain texts"),
-        ("dpo", unpaired(), "trainer=kto does"),
-        ("sft", PREFERENCES, "trainer=dpo or trainer=kto or trainer=orpo or trainer=cpo"),
+        ("dpo", unpaired(), "Use trainer=kto, or set"),
+        ("sft", PREFERENCES, "Use trainer=dpo, kto, orpo, cpo or reward"),
     ],
     ids=["chats", "chats without a choice", "texts", "verdicts", "pairs"],
 )
@@ -138,7 +138,7 @@ def test_rows_of_another_kind_are_sent_to_the_method_that_takes_them(
     said = refused(tmp_path, *tiny, f"trainer={method}", "dataset=files", path,
                    "chat.max_length=64")  # fmt: skip
     assert words in said
-    assert "say so with dataset.type." in said
+    assert "or set dataset.type if the rows are something else." in said
 
 
 @pytest.mark.parametrize(

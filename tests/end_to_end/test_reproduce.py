@@ -21,7 +21,7 @@ def luthier(folder, *words):
 def test_a_run_is_repeated_bit_by_bit_from_its_record_alone(tiny, whole):
     done = luthier(tiny, "reproduce", "whole")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "identical: 6 lines of metrics, all results, and the final weights" in done.stdout
+    assert "identical: 7 lines of metrics, all results, and the final weights" in done.stdout
     assert record(tiny / "whole.again")["status"] == "finished"
     assert record(whole)["status"] == "finished"
     # The same check finds a single bit, and a single number.
