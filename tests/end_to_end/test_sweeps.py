@@ -91,6 +91,7 @@ def test_six_trials_one_of_which_fails_killed_in_the_middle_and_continued(tmp_pa
 
 
 @pytest.mark.train
+@pytest.mark.long
 def test_a_sweep_typed_under_accelerate_launch(tmp_path, tiny):
     """The first process steers, the other leaves, and each trial has two processes of its own."""
     launcher = (ACCELERATE, "launch", "--config_file", str(ROOT / "launch" / "cpu_ddp.yaml"))

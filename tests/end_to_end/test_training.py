@@ -163,7 +163,13 @@ def test_two_processes_end_with_the_model_of_one_with_twice_the_batch(tmp_path, 
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("recipe", ["qlora_llama", "lora_qwen", "full_smollm2"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "qlora_llama",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("lora_qwen", "full_smollm2")),
+    ],
+)
 def test_every_recipe_runs_to_its_last_line_with_a_small_model(tmp_path, tiny, recipe):
     done = finished(tmp_path, f"recipe={recipe}", *tiny, "trainer.args.max_steps=2")
     assert "next      luthier chat" in done.stdout

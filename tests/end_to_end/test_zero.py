@@ -40,9 +40,9 @@ def one_process(zero_forks, tiny):
     def train(case):
         if case not in folders:
             line = words(tiny, save_strategy="no", per_device_train_batch_size=4)
-            code = zero_forks.run(tiny, *line, *CASES[case], f"output_dir=one-{case}")
+            code = zero_forks.run(tiny, *line, *CASES[case], f"output_dir=zero-one-{case}")
             assert code == 0, said(tiny)[-3000:]
-            folders[case] = tiny / f"one-{case}"
+            folders[case] = tiny / f"zero-one-{case}"
         return folders[case]
 
     return train
@@ -84,7 +84,7 @@ def test_two_processes_train_as_one(zero_forks, tiny, one_process, case, stage):
 @pytest.mark.parametrize(
     ("stage", "adapter"),
     [
-        pytest.param(2, (), id="2-full"),
+        pytest.param(2, (), id="2-full", marks=pytest.mark.long),
         pytest.param(3, (), id="3-full", marks=pytest.mark.long),
         pytest.param(3, ("lora=default", "lora.r=4"), id="3-lora"),
     ],

@@ -24,7 +24,14 @@ def benchmark():
     return module
 
 
-@pytest.mark.parametrize("name", ["LoRA float32", "QLoRA nf4 float32", "full float32, sgd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("LoRA float32", marks=pytest.mark.long),
+        "QLoRA nf4 float32",
+        pytest.param("full float32, sgd", marks=pytest.mark.long),
+    ],
+)
 def test_a_plan_is_within_15_percent_of_the_run(name, benchmark):
     case = next(case for case in benchmark.CASES if case.name == name)._replace(length=128)
     found = benchmark.measure(case, "returned")

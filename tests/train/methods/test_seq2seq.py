@@ -201,6 +201,7 @@ def test_settings_that_are_not_for_it_in_words():
 
 
 @pytest.mark.train
+@pytest.mark.long
 @pytest.mark.skipif(not ASSETS, reason="LUTHIER_ASSETS is not set")
 def test_disfl_qa_trains(tmp_path):
     data = ASSETS / "datasets" / "seq2seq"
