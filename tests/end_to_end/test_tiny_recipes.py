@@ -46,6 +46,8 @@ AIMS = {
     "tiny_vision": [Aim("exact_match", 0.9)],
     "tiny_tools": [Aim("reward", 0.4)],
 }
+LIKE_OTHERS = ("tiny_classify", "tiny_kto", "tiny_orpo", "tiny_reward", "tiny_rloo")
+"""Their losses and their learning are held by tests/train/methods, on smaller models."""
 FROM_NOTHING = ("tiny_seq2seq", "tiny_vision", "tiny_tools")
 """Recipes whose models are made by a script."""
 
@@ -80,8 +82,7 @@ def test_its_header_says_what_was_measured(name):
 @pytest.mark.parametrize(
     "name",
     [
-        # RLOO differs from GRPO in how rewards are compared, which fast tests hold.
-        pytest.param(name, marks=pytest.mark.long if name == "tiny_rloo" else ())
+        pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS else ())
         for name in TINY
         if name not in FROM_NOTHING
     ],

@@ -356,6 +356,7 @@ def test_two_processes_measure_and_train_what_one_does(tmp_path, model):
 
 
 @pytest.mark.train
+@pytest.mark.long
 @pytest.mark.skipif(not ASSETS, reason="LUTHIER_ASSETS is not set")
 def test_banking77_is_learned_and_the_model_answers_in_a_plain_pipeline(tmp_path):
     from transformers import pipeline
