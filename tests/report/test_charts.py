@@ -11,6 +11,7 @@ from luthier.report.charts import (
     draw_histogram,
     draw_lines,
     format_number,
+    log_ticks,
     smooth_points,
     thin_out,
 )
@@ -112,3 +113,14 @@ def test_a_histogram_has_a_bar_for_each(bars):
     page = draw_histogram("lengths", bars)
     assert page.count("<rect") == len(bars)
     assert "tokens: 3 sequences" in page or "tokens: 1 sequence" in page
+
+
+AXES = {
+    "a lowest value of its own": (0.02, 5.0, [0.02, 0.1, 1.0, 10.0]),
+    "one that would touch the next number": (0.0083, 1.7, [0.01, 0.1, 1.0, 10.0]),
+}
+
+
+@pytest.mark.parametrize(("low", "high", "ticks"), AXES.values(), ids=AXES)
+def test_numbers_of_an_axis_of_ratios_do_not_touch(low, high, ticks):
+    assert log_ticks(low, high) == ticks

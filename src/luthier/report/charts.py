@@ -138,7 +138,7 @@ def draw_lines(title: str, lines: Sequence[Line], note: str = "") -> str:
     values = [value for line in lines for _, value in (*line.points, *(line.smooth or ()))]
     steps = [step for line in lines for step, _ in line.points]
     is_log = title.endswith(_LOG_NAMES) and 0 < min(values) < max(values) / 20
-    ticks = _log_ticks(min(values), max(values)) if is_log else _ticks(min(values), max(values))
+    ticks = log_ticks(min(values), max(values)) if is_log else _ticks(min(values), max(values))
     frame = _Frame(min(steps), max(steps), min(*ticks, *values), max(*ticks, *values), is_log)
     total = sum(len(line.points) for line in lines)
     drawn = [
@@ -265,7 +265,11 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [float(f"{n * step:.10g}") for n in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+_LEAST_GAP = 0.08
+"""How far apart two numbers of an axis are at least, as a share of its height."""
+
+
+def log_ticks(low: float, high: float) -> list[float]:
     """Return powers of ten that span `low` to `high`, with their halves where there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 2 else (1,)
@@ -274,11 +278,11 @@ def _log_ticks(low: float, high: float) -> list[float]:
         float(f"{factor}e{power}") for power in range(first, last + 1, every) for factor in factors
     ]
     inside = [tick for tick in ticks if low <= tick <= high]
-    below, above = (
-        max(t for t in [*ticks, low] if t <= low),
-        min((t for t in ticks if t >= high), default=high),
-    )
-    return sorted({below, *inside, above})
+    above = min((tick for tick in ticks if tick >= high), default=high)
+    # The lowest value has a number of its own, unless that would touch the one above it.
+    nearest = min([*inside, above])
+    is_apart = math.log(nearest / low) > _LEAST_GAP * math.log(above / low)
+    return sorted({*inside, above} | ({low} if is_apart else set()))
 
 
 def _draw_axes(frame: _Frame, ticks: Sequence[float]) -> str:
