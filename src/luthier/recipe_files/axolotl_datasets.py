@@ -10,6 +10,7 @@ from typing import Any
 from luthier.data.formats.messages import ROLE_OF_SPEAKER
 from luthier.errors import UserError
 from luthier.recipe_files.conversion import (
+    MESSAGE_FORMS,
     Conversion,
     SourceDraft,
     set_eval_sources,
@@ -177,16 +178,13 @@ def _messages(conversion: Conversion, left: dict[str, Any], key: str) -> dict[st
         mapping["content"] = content
     names = (mapping.get("role", "role"), mapping.get("content", "content"))
     column = left.pop("field_messages", "messages")
-    if names == ("role", "content"):
-        kind, ours = "messages", "messages"
-    elif names == ("from", "value"):
-        kind, ours = "sharegpt", "conversations"
-    else:
+    if names not in MESSAGE_FORMS:
         raise UserError(
             f"{conversion.file}: {key}: message_property_mappings: {mapping}: luthier reads "
             "messages with role and content, or from and value. A function that renames these "
             "keys can be dataset.map (`luthier docs code`)."
         )
+    kind, ours = MESSAGE_FORMS[names]
     settings: dict[str, Any] = {} if column in _KNOWN_MESSAGES else {"type": kind}
     if column not in _KNOWN_MESSAGES:
         settings["columns"] = {ours: column}

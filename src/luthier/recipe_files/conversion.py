@@ -12,6 +12,11 @@ from typing import Any
 from luthier.config.foreign_settings import FOREIGN_SETTINGS
 from luthier.recipe_files.draft import RecipeDraft
 
+MESSAGE_FORMS = {
+    ("role", "content"): ("messages", "messages"),
+    ("from", "value"): ("sharegpt", "conversations"),
+}
+"""The keys of a message -> luthier's row format, and the column that it reads them from."""
 NO_NEED = "speed, memory or logging only; luthier has no such switch and trains the same without it"
 
 

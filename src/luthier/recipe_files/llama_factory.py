@@ -15,6 +15,7 @@ from luthier.config.library_fields import read_class_fields
 from luthier.config.methods import METHODS
 from luthier.errors import UserError, format_override, suggest_options
 from luthier.recipe_files.conversion import (
+    MESSAGE_FORMS,
     NO_NEED,
     Conversion,
     SourceDraft,
@@ -437,16 +438,13 @@ def _dialogue(
     """Note the column of messages, and return the form that these have."""
     column = columns.get("messages") or "conversations"
     keys = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
-    if keys == ("role", "content"):
-        kind, ours = "messages", "messages"
-    elif keys == ("from", "value"):
-        kind, ours = "sharegpt", "conversations"
-    else:
+    if keys not in MESSAGE_FORMS:
         raise UserError(
             f"{conversion.file}: {name}: its messages have the keys {keys[0]} and {keys[1]}; "
             "luthier reads role and content, or from and value. Rename them with a function "
             "(dataset.map, `luthier docs code`)."
         )
+    kind, ours = MESSAGE_FORMS[keys]
     if column != ours:
         mapped[ours] = column
     return kind
