@@ -58,6 +58,22 @@ def test_a_source_that_is_not_there_is_not_known(source):
     assert library_fields.read_parameters(*source) is None
 
 
+def test_what_another_version_of_the_reader_kept_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
+
+    def read():
+        library_fields._read_or_load.cache_clear()
+        return library_fields.read_class_fields(*SFT)["packing"].owner
+
+    assert read() == "trl.SFTConfig"
+    (kept,) = (tmp_path / "library_fields").iterdir()
+    kept.write_text(kept.read_text().replace("trl.SFTConfig", "trl.Other"))
+    assert read() == "trl.Other"
+    monkeypatch.setattr(library_fields, "_READER_CHECKSUM", 0)
+    assert read() == "trl.SFTConfig"
+    library_fields._read_or_load.cache_clear()
+
+
 def kind(*types, choices=()):
     return FieldType(frozenset(types), choices)
 

@@ -68,8 +68,8 @@ def read_parameters(package: str, file: str, name: str) -> FieldTypes | None:
 _Reader = Callable[[str, str, str], FieldTypes | None]
 _read_files: set[Path] = set()
 """The source files that were read since the last setting was looked up."""
-_FORMAT = 1
-"""Goes up when what is kept changes its form or meaning."""
+_READER_CHECKSUM = zlib.crc32(Path(__file__).read_bytes())
+"""Of this file: what another version of it read is not taken from the cache."""
 
 
 @cache
@@ -80,7 +80,7 @@ def _read_or_load(read: _Reader, package: str, file: str, name: str) -> FieldTyp
     place = _find_source(package, file)
     if place is None:
         return None
-    key = zlib.crc32(f"{_FORMAT} {place} {read.__name__}".encode())
+    key = zlib.crc32(f"{_READER_CHECKSUM} {place} {read.__name__}".encode())
     kept = cache_root() / "library_fields" / f"{package}.{name}-{key:08x}.json"
     fields = _load_kept(kept)
     if fields is None:

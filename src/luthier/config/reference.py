@@ -5,7 +5,7 @@ installed version.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def _own_keys(keys: Iterable[tuple[str, Node]]) -> Iterator[str]:
 
 
 def _settings_by_option(group: str, key: str) -> Iterator[str]:
-    """Yield a table for each method: of the usual one all settings, of others what differs."""
+    """Yield a table for each method: all settings, or how they differ from the usual method's."""
     usual: dict[str, Node] = {}
     seen: set[str] = set()
     options = {option: _method_of(group, path) for option, path in _with_usual_first(group)}
@@ -113,14 +113,25 @@ def _settings_by_option(group: str, key: str) -> Iterator[str]:
         comments = read_key_comments(list_options(group)[option])
         below = f"{key.partition('.')[2]}.".lstrip(".")
         ours = {name.removeprefix(below): each for name, each in comments.items()}
-        settings = {
-            name: each
-            for name, each in node["properties"].items()
-            if each[OWNER] != "luthier" and usual.get(name) != each
-        }
-        usual = usual or settings
+        settings = {name: n for name, n in node["properties"].items() if n[OWNER] != "luthier"}
         heading = f" with `{group}={option}`" if len(seen) > 1 else ""
-        yield from _library_keys(key, {**node, "properties": settings}, ours, heading)
+        # Adapters have little in common, configs of trainers nearly all.
+        if group == "lora" or not usual:
+            usual = settings
+            yield from _library_keys(key, node, ours, heading)
+            continue
+        differing = {
+            name: each
+            for name, each in settings.items()
+            if _without_owner(usual.get(name)) != _without_owner(each)
+        }
+        lacking = [name for name in usual if name not in settings]
+        yield from _library_keys(key, {**node, "properties": differing}, ours, heading, lacking)
+
+
+def _without_owner(node: Node | None) -> Node | None:
+    """Return what a key takes: two classes that declare the same do not differ."""
+    return node and {name: value for name, value in node.items() if name != OWNER}
 
 
 def _with_usual_first(group: str) -> list[tuple[str, Path]]:
@@ -137,14 +148,25 @@ def _method_of(group: str, path: Path) -> str:
 
 
 def _library_keys(
-    key: str, node: Node, ours: dict[str, KeyComment], heading: str = ""
+    key: str,
+    node: Node,
+    ours: dict[str, KeyComment],
+    heading: str = "",
+    lacking: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """Yield the table of a library's settings, with the comment of the option that sets them."""
-    if not node["properties"]:
+    """Yield the table of a library's settings, with the comment of the option that sets them.
+
+    With `lacking` it holds what differs from the first table, whose settings named there are none
+    of this library's.
+    """
+    if not node["properties"] and not lacking:
         return
-    other = "" if not heading else ": what differs from the first table"
     yield from ["", f"### `{key}`{heading}", ""]
-    yield from [f"Settings of `{node['x-library']}`{other}.", ""]
+    library, first = f"`{node['x-library']}`", ""
+    if lacking is not None:
+        without = ", ".join(f"`{name}`" for name in lacking)
+        first = f" the settings of the first table{f' except {without}' if lacking else ''}, and"
+    yield from [f"{library} takes{first} these:", ""]
     column = " set by the option |" if ours else ""
     yield f"| key | takes | default |{column} declared by |"
     yield "|---|---|---|---|---|" if ours else "|---|---|---|---|"
