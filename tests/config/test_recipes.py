@@ -1,9 +1,11 @@
 """Recipes: found in order, inherited, and checked before Hydra reads them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
@@ -173,6 +175,56 @@ def test_a_file_that_is_not_text(workplace):
         with pytest.raises(UserError, match="1 mistake"):
             load_config(["recipe=quickstart", override])
     assert "a" in {recipe.name for recipe in list_recipes()}
+
+
+SCRIPTS = {"tiny_vision": "tiny_vision", "tiny_tools": "tiny_tools", "tiny_seq2seq": "tiny_t5"}
+"""Bundled recipes of which a script makes the model, and its name."""
+
+
+def test_the_header_of_a_recipe_that_trains_on_made_files_names_their_script():
+    headers = {path.stem: path.read_text() for path in (ROOT / "recipes").glob("*.yaml")}
+    made = {
+        name
+        for name, text in headers.items()
+        if re.search(r"^ *path: \./", text, re.MULTILINE) or "\n# First: " in text
+    }
+    assert made == set(SCRIPTS)
+    for name, script in SCRIPTS.items():
+        assert f"\n# First: python recipes/data/{script}.py\n# Command: " in headers[name]
+        assert (ROOT / "recipes" / "data" / f"{script}.py").is_file()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "data/*.py" in settings["package-data"]["luthier.recipes"]
+
+
+@pytest.mark.parametrize("recipe, script", SCRIPTS.items(), ids=SCRIPTS)
+def test_a_missing_file_of_a_recipe_is_answered_with_the_command_that_makes_it(
+    recipe, script, workplace
+):
+    heir = workplace("recipes/heir.yaml", f"defaults: [{recipe}]\n").stem
+    for name in (recipe, heir):
+        with pytest.raises(UserError) as refused:
+            recipes.check_recipe_files(load_config([f"recipe={name}"]).config)
+        text, command = str(refused.value).split("\n    ")
+        assert f"{Path.cwd()}: ./tiny_" in text and "(model.path)" in text
+        assert command == f"python {ROOT / 'recipes' / 'data' / script}.py"
+
+
+def test_only_files_that_the_recipe_itself_names_are_answered_so(workplace):
+    typed = ["dataset.path=./a.jsonl", "dataset.eval.path=./b.jsonl", "model.path=./other"]
+    recipes.check_recipe_files(load_config(["recipe=tiny_vision", *typed]).config)
+    recipes.check_recipe_files(load_config(["recipe=quickstart", *typed]).config)
+    workplace("tiny_vision/model/config.json", "")
+    data = load_config(["recipe=tiny_vision"]).config
+    recipes.check_recipe_files(data, ["model.path"])
+    with pytest.raises(UserError, match=r"train\.jsonl \(dataset.path\), \S+ \(dataset.eval.path"):
+        recipes.check_recipe_files(data)
+
+
+def test_the_command_of_a_recipe_of_the_user_is_repeated(workplace):
+    text = "# Mine.\n# First: make rows\ndefaults: [quickstart]\nmodel:\n  path: ./mine\n"
+    workplace("recipes/own.yaml", text)
+    with pytest.raises(UserError, match=r"\./mine \(model.path\)(.|\n)*\n    make rows$"):
+        recipes.check_recipe_files(load_config(["recipe=own"]).config)
 
 
 def test_the_layout_of_a_wheel(tmp_path):

@@ -1,15 +1,17 @@
 """Recipes: what there is, and what a recipe inherits, checked before Hydra reads it."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
 
-from luthier.config.schema import GROUPS
+from luthier.config.schema import GROUPS, RunConfig
 from luthier.errors import Mistake, UserError, format_override, suggest_options
 from luthier.storage.typed_files import (
     TOO_DEEP,
@@ -314,6 +316,62 @@ def _check_choice(entry: dict[Any, Any], chosen: set[str]) -> str | None:
     chosen.add(group)
     unknown = check_option(group, str(option))
     return unknown.text if unknown else None
+
+
+# What a script makes for a recipe, before it can be run.
+
+_FIRST = "# First: "
+"""How the line of a recipe's header begins that has the command to run before."""
+DATA_PATHS = ("dataset.path", "dataset.eval.path")
+
+
+def check_recipe_files(
+    config: RunConfig, keys: Iterable[str] = ("model.path", *DATA_PATHS)
+) -> None:
+    """Raise UserError where files are missing that a command makes first, and name that command.
+
+    These are the relative paths that a recipe sets for `keys`, and the command is the line
+    `# First: ` of its header.
+    """
+    values = {key: str(reduce(getattr, key.split("."), config)) for key in keys}
+    missing = {
+        key: value
+        for key, value in values.items()
+        if value.startswith("./") and not Path(value).exists()
+    }
+    if not missing or config.recipe is None:
+        return
+    for path in read_recipe_chain(config.recipe, frozenset()).files.values():
+        command = _read_first_command(path)
+        written = read_key_comments(path) if command else {}
+        made = {key: value for key, value in missing.items() if value == _value_of(written, key)}
+        if made:
+            names = ", ".join(f"{value} ({key})" for key, value in made.items())
+            raise UserError(
+                f"recipe={config.recipe} trains on files that a script makes, and these are not in "
+                f"{Path.cwd()}: {names}. Make them, then run the same command again:\n    {command}"
+            )
+
+
+def _value_of(comments: Mapping[str, KeyComment], key: str) -> str | None:
+    return comments[key].value if key in comments else None
+
+
+def _read_first_command(path: Path) -> str | None:
+    """Return the command to run before a recipe, as it is typed from here; None if there is none.
+
+    A word `recipes/...` of it is a file beside the recipe.
+    """
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(_FIRST):
+            words = line.removeprefix(_FIRST).split()
+            return " ".join(
+                quote(format_path(path.parent / word.removeprefix("recipes/")))
+                if word.startswith("recipes/")
+                else word
+                for word in words
+            )
+    return None
 
 
 def _blame(mistake: Mistake, trail: tuple[str, ...], chain: RecipeChain) -> Mistake:

@@ -18,6 +18,7 @@ from luthier.chat import (
 from luthier.chat.encoder import LOSSY_REASONS, ChatPromptEncoder, OnEmpty
 from luthier.config import load_config
 from luthier.config.methods import METHODS
+from luthier.config.recipes import DATA_PATHS, check_recipe_files
 from luthier.config.schema import ChatSettings, RunConfig
 from luthier.data import Example
 from luthier.data.batching.settings import BatchingSettings, read_batching_settings
@@ -179,11 +180,13 @@ def load_dataset(
 
 def open_dataset(config: RunConfig, command: str, bad_rows: bool = False) -> LoadedDataset:
     """Open what a run with this config would read, as `load_dataset` does."""
+    # A folder that holds a tokenizer and nothing else is enough here.
+    needs_model = not Path(config.model.tokenizer or config.model.path).is_dir()
+    check_recipe_files(config, [*(["model.path"] if needs_model else []), *DATA_PATHS])
     lenient = {"on_bad_row": "drop"} if bad_rows else {}
     sources = data.check_sources(config.dataset.model_copy(update=lenient))
     batching = read_batching_settings(config)
-    # A folder that holds a tokenizer and nothing else is enough here.
-    if not Path(config.model.tokenizer or config.model.path).is_dir():
+    if needs_model:
         model.check_model_path(config.model)
     check_max_length(config)
     set_environment(config)

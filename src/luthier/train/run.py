@@ -11,6 +11,7 @@ from luthier import data, model
 from luthier.chat import ChatError
 from luthier.chat.template import check_template_syntax
 from luthier.config.code_settings import describe_code
+from luthier.config.recipes import check_recipe_files
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batching.settings import read_batching_settings
 from luthier.environment import set_environment
@@ -82,6 +83,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
 
     Returns the sources of the dataset, of which local files have been opened.
     """
+    check_recipe_files(config)
     sources = data.check_sources(config.dataset, config.trainer.method)
     check_requirements(config.model, config.trainer.args)
     model.check_model_path(config.model)
