@@ -29,6 +29,8 @@ _LAUNCH = "it belongs to the launch: see the command below"
 
 def convert_axolotl(conversion: Conversion) -> None:
     """Take every key of an axolotl config; UserError for one that trains in no way luthier has."""
+    for form, keys in _FORMS.items():
+        conversion.check_values(form, keys)
     apply(
         conversion,
         (
@@ -51,6 +53,18 @@ def convert_axolotl(conversion: Conversion) -> None:
             _refused,
         ),
     )
+
+
+_FORMS = {
+    "a single value": "rl adapter optimizer lr_scheduler excess_length_strategy "
+    "chat_template_jinja",
+    "a number": "adam_epsilon adam_eps adam_beta1 adam_beta2 max_grad_norm embedding_lr "
+    "val_set_size cosine_min_lr_ratio evals_per_epoch saves_per_epoch num_epochs",
+    "a whole number": "micro_batch_size batch_size gradient_accumulation_steps",
+    "a list": "unfrozen_parameters plugins",
+    "a mapping": "bnb_config_kwargs lr_scheduler_kwargs chat_template_kwargs",
+}
+"""What the values have to be that are read here, and not only written into the recipe."""
 
 
 def _method(conversion: Conversion) -> None:
@@ -199,10 +213,7 @@ def _precision(conversion: Conversion) -> None:
             conversion.set_key("model.dtype", "bfloat16", key, "the frozen weights")
         else:
             conversion.set_key("trainer.args.bf16", True, key, "computes in bfloat16")
-            conversion.differ(
-                key,
-                _FULL_BF16,
-            )
+            conversion.differ(key, _FULL_BF16)
     elif conversion.source.get("bf16") == "auto" and full:
         conversion.count_as_carried("bf16")
         conversion.differ("bf16", _FULL_BF16)
@@ -243,9 +254,7 @@ def _adapter(conversion: Conversion) -> None:
     for name, value in (conversion.take("bnb_config_kwargs") or {}).items():
         conversion.set_key(f"quantization.{name}", value, "bnb_config_kwargs")
     conversion.rename("lora_r lora_alpha")
-    dropout = conversion.take("lora_dropout")
-    key = "lora_dropout" if conversion.source.get("lora_dropout") is not None else ""
-    conversion.set_key("lora.lora_dropout", dropout or 0.0, key, "dropout on the adapter's input")
+    conversion.carry("lora_dropout", "lora.lora_dropout", 0.0)
     _adapter_targets(conversion)
     conversion.rename(
         "lora_modules_to_save peft_layers_to_transform peft_use_dora peft_use_rslora "
@@ -299,9 +308,7 @@ _TOO_LONG = {None: "drop", "drop": "drop", "truncate": "turns", "raise": "error"
 
 def _sequences(conversion: Conversion) -> None:
     """Lengths, packing, and what becomes of rows that are too long."""
-    key = "sequence_len" if conversion.has("sequence_len") else ""
-    length = conversion.take("sequence_len", 512)
-    conversion.set_key("chat.max_length", length, key, "the longest sequence, in tokens")
+    conversion.carry("sequence_len", "chat.max_length", 512)
     strategy = conversion.take("excess_length_strategy")
     key = "excess_length_strategy" if strategy else ""
     method = conversion.draft.options["trainer"]
@@ -314,10 +321,8 @@ def _sequences(conversion: Conversion) -> None:
             "axolotl cuts a long row anywhere; luthier removes whole turns from its front.",
         )
     trains_tokens = method in ("sft", "pretrain")
-    packing, packing_eval = (
-        conversion.take("sample_packing"),
-        conversion.take("eval_sample_packing"),
-    )
+    packing = conversion.take("sample_packing")
+    packing_eval = conversion.take("eval_sample_packing")
     if trains_tokens:
         key = "sample_packing" if packing is not None else ""
         conversion.set_key("trainer.args.packing", bool(packing), key, "rows share a sequence")
@@ -372,9 +377,7 @@ def _steps(conversion: Conversion) -> None:
     key = key if conversion.has(key) else ("batch_size" if total else "")
     about = "steps whose gradients are added up"
     conversion.set_key(f"{prefix}.gradient_accumulation_steps", int(steps or 1), key, about)
-    epochs = conversion.take("num_epochs", 1)
-    key = "num_epochs" if conversion.source.get("num_epochs") is not None else ""
-    conversion.set_key(f"{prefix}.num_train_epochs", epochs, key, "how often every row is seen")
+    conversion.carry("num_epochs", f"{prefix}.num_train_epochs", 1.0)
     conversion.rename("max_steps")
     if conversion.source.get("seed") is not None:
         conversion.set_key("seed", conversion.take("seed"), "seed", "draws the order, and more")
@@ -388,17 +391,11 @@ _SCHEDULES = {"one_cycle": "cosine", "rex": "cosine", "log_sweep": "cosine"}
 
 def _optimizer(conversion: Conversion) -> None:
     prefix = "trainer.args"
-    rate = conversion.take("learning_rate")
-    if rate is not None:
-        key, about = f"{prefix}.learning_rate", "the highest learning rate"
-        conversion.set_key(key, float(rate), "learning_rate", about)
+    if conversion.source.get("learning_rate") is not None:
+        conversion.carry("learning_rate", f"{prefix}.learning_rate", 0.0)
     _optimizer_name(conversion)
     _schedule(conversion)
-    decay = conversion.take("weight_decay") or 0.0
-    key = "weight_decay" if conversion.source.get("weight_decay") is not None else ""
-    conversion.set_key(
-        f"{prefix}.weight_decay", float(decay), key, "pull of the weights towards zero"
-    )
+    conversion.carry("weight_decay", f"{prefix}.weight_decay", 0.0)
     for key in ("adam_epsilon", "adam_eps"):
         if (value := conversion.take(key)) is not None:
             conversion.set_key(f"{prefix}.adam_epsilon", float(value), key)
@@ -463,7 +460,8 @@ def _evaluations(conversion: Conversion) -> None:
     source, prefix = conversion.source, "trainer.args"
     epochs = float(source.get("num_epochs") or 1)
     held_out = source.get("val_set_size") or source.get("test_datasets")
-    strategy = conversion.take("eval_strategy") or conversion.take("evaluation_strategy")
+    chooser = "evaluation_strategy" if conversion.has("evaluation_strategy") else "eval_strategy"
+    strategy = conversion.take(chooser)
     steps, times = conversion.take("eval_steps"), conversion.take("evals_per_epoch")
     if not held_out:
         conversion.set_key(f"{prefix}.eval_strategy", "no", "", "there are no held-out rows")
@@ -474,7 +472,7 @@ def _evaluations(conversion: Conversion) -> None:
         key = "evals_per_epoch" if times else "eval_steps"
         _set_times(conversion, "eval", steps if not times else None, times, epochs, key)
     elif strategy:
-        conversion.set_key(f"{prefix}.eval_strategy", strategy, "eval_strategy", "when")
+        conversion.set_key(f"{prefix}.eval_strategy", strategy, chooser, "when")
     strategy = conversion.take("save_strategy")
     conversion.count_as_carried("save_strategy")
     steps, times = conversion.take("save_steps"), conversion.take("saves_per_epoch")

@@ -66,11 +66,9 @@ def read_datasets(conversion: Conversion) -> None:
     rows, other = conversion.take(key), "datasets"
     if key == "pretraining_dataset" and conversion.take(other):
         conversion.drop(other, "pretraining_dataset comes before it")
-    if isinstance(rows, dict | str):
-        rows = [rows]
-    if not isinstance(rows, list) or not rows:
+    entries = _entries(rows)
+    if not entries:
         raise UserError(f"{conversion.file}: it names no `datasets`, so there is nothing to train.")
-    entries = [each if isinstance(each, dict) else {"path": each} for each in rows]
     _template(conversion, entries)
     set_sources(conversion, [_source(conversion, each, key) for each in entries], key)
     _turns(conversion, entries)
@@ -82,14 +80,24 @@ def read_datasets(conversion: Conversion) -> None:
     if conversion.take("dataset_exact_deduplication"):
         about = "equal rows are left out"
         conversion.set_key("dataset.deduplicate", "exact", "dataset_exact_deduplication", about)
-    tests = conversion.take("test_datasets") or []
-    if tests:
+    if tests := _entries(conversion.take("test_datasets")):
         sources = [_source(conversion, each, "test_datasets") for each in tests]
         set_eval_sources(conversion, sources, "test_datasets")
 
 
+def _entries(rows: Any) -> list[dict[str, Any]]:
+    """Return the datasets of a list of them, or of one; a path alone is a dataset, too."""
+    rows = [rows] if isinstance(rows, dict | str) and rows else rows
+    listed = rows if isinstance(rows, list) else []
+    return [each if isinstance(each, dict) else {"path": each} for each in listed]
+
+
 def _source(conversion: Conversion, entry: Mapping[str, Any], key: str) -> SourceDraft:
     left = {name: value for name, value in entry.items() if value is not None}
+    for name in ("message_property_mappings", "roles"):
+        conversion.check_value("a mapping", f"{key}: {name}", left.get(name) or {})
+    for name in ("chat_template", "chat_template_jinja", "field_messages"):
+        conversion.check_value("a single value", f"{key}: {name}", left.get(name))
     settings = dict(_location(conversion, left, key))
     settings |= _rows(conversion, left, key)
     ignored = {"trust_remote_code", "preprocess_shards", "conversation", "temperature"}

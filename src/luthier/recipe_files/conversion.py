@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.foreign_settings import FOREIGN_SETTINGS
+from luthier.errors import UserError
 from luthier.recipe_files.draft import RecipeDraft
 
 MESSAGE_FORMS = {
@@ -17,6 +18,7 @@ MESSAGE_FORMS = {
     ("from", "value"): ("sharegpt", "conversations"),
 }
 """The keys of a message -> luthier's row format, and the column that it reads them from."""
+_STRATEGIES = ("save_strategy", "eval_strategy", "evaluation_strategy")
 NO_NEED = "speed, memory or logging only; luthier has no such switch and trains the same without it"
 
 
@@ -41,6 +43,9 @@ class Conversion:
     """The launch file that fits, such as `zero2`; empty for one process."""
 
     def __post_init__(self) -> None:
+        # YAML reads an unquoted `no` as false.
+        off = {key: "no" for key in _STRATEGIES if self.source.get(key) is False}
+        self.source = {**self.source, **off}
         self._left = {key: value for key, value in self.source.items() if value is not None}
         self._origins: dict[str, str] = {}
         self._carried: set[str] = set()
@@ -63,6 +68,32 @@ class Conversion:
     def take(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, which counts as dealt with from then on."""
         return self._left.pop(key, default)
+
+    def check_values(self, form: str, keys: str) -> None:
+        """Raise UserError for a key whose value is not of a form of `FORMS`."""
+        for key in keys.split():
+            if self.source.get(key) is not None:
+                self.check_value(form, key, self.source[key])
+
+    def check_value(self, form: str, key: str, value: Any) -> None:
+        """Raise UserError if the value of a key is not of a form of `FORMS`."""
+        if not FORMS[form](value):
+            raise UserError(f"{self.file}: {key}: {value!r} is not {form}.")
+
+    def carry(self, key: str, ours: str, default: Any, about: str = "") -> Any:
+        """Set `ours` to the value of a key, or to the other trainer's default; return the value.
+
+        A default that is a number says what the value has to be; UserError for another one.
+        """
+        is_set, value = self.source.get(key) is not None, self.take(key, default)
+        if is_set and not isinstance(default, bool) and isinstance(default, int | float):
+            whole = isinstance(default, int)
+            self.check_value("a whole number" if whole else "a number", key, value)
+            value = (
+                int(float(value)) if whole else float(value) if isinstance(value, str) else value
+            )
+        self.set_key(ours, value, key if is_set else "", about)
+        return value
 
     def set_key(self, ours: str, value: Any, key: str = "", about: str = "") -> None:
         """Set a key of the recipe; `key` is the other trainer's, `about` what it is."""
@@ -147,8 +178,52 @@ class Conversion:
                 self.dropped[key] = "it has no effect beside the other keys of this file"
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+FORMS: Mapping[str, Callable[[Any], bool]] = {
+    "a number": _is_number,
+    "a whole number": lambda value: _is_number(value) and float(value).is_integer(),
+    "a single value": lambda value: not isinstance(value, list | dict),
+    "a list": lambda value: isinstance(value, list | str),
+    "a mapping": lambda value: isinstance(value, dict),
+}
+"""What a value can have to be -> whether one is."""
+
+
 def _covers(key: str, setting: str) -> bool:
     return key == setting or key.startswith((f"{setting}.", f"{setting}["))
+
+
+def split_names(value: Any) -> list[str]:
+    """Return the names of a list, or of a text with commas between them."""
+    if isinstance(value, list):
+        return [str(each) for each in value]
+    return [name.strip() for name in str(value).split(",") if name.strip()]
+
+
+def take_trackers(conversion: Conversion) -> None:
+    """Take `report_to` and `run_name`, which transformers' arguments have."""
+    names = split_names(conversion.take("report_to") or [])
+    trackers = [name for name in names if name in ("wandb", "tensorboard", "mlflow", "trackio")]
+    if trackers:
+        conversion.choose("tracker", trackers[0], "report_to")
+        if len(trackers) > 1:
+            conversion.draft.set_key("tracker.to", trackers, "all trackers")
+    elif names and names != ["none"]:
+        conversion.drop("report_to", "luthier logs to wandb, TensorBoard, MLflow and Trackio")
+    elif names:
+        conversion.leave_out_taken("report_to", "nothing is sent anywhere")
+    name = conversion.take("run_name")
+    if name and "wandb" in trackers:
+        conversion.set_key("tracker.wandb.name", name, "run_name", "the run's name there")
+    elif name:
+        conversion.leave_out_taken("run_name", "a run is named by its folder")
 
 
 SAME_NAMES = {

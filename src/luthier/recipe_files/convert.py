@@ -1,6 +1,7 @@
 """From another trainer's config to a recipe: which trainer it is, and what composes here."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -160,21 +161,24 @@ def _read_flags(words: list[str], text: str) -> dict[str, Any]:
     for word in words:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
-            flags[key] = yaml.safe_load(_with_variables(value, text)) if equals else True
+            flags[key] = _read_value(value, text) if equals else True
         elif key is not None:
-            value = yaml.safe_load(_with_variables(word, text))
+            value = _read_value(word, text)
             flags[key] = value if flags[key] is True else f"{flags[key]} {value}"
     return flags
 
 
-def _with_variables(value: str, text: str) -> str:
-    """Return a value with the variables that the script itself sets (`NAME=value`)."""
+def _read_value(word: str, text: str) -> Any:
+    """Return a flag's value, with the variables that the script itself sets (`NAME=value`)."""
     for line in text.splitlines():
         name, equals, assigned = line.strip().removeprefix("export ").partition("=")
         if equals and name.isidentifier():
             assigned = assigned.strip("\"'")
-            value = value.replace(f"${{{name}}}", assigned).replace(f"${name}", assigned)
-    return value
+            word = re.sub(rf"\${name}\b|\${{{name}}}", assigned.replace("\\", r"\\"), word)
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
 
 
 def find_mistakes(overrides: list[str]) -> list[Mistake]:

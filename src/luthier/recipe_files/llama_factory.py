@@ -22,11 +22,20 @@ from luthier.recipe_files.conversion import (
     apply,
     set_eval_sources,
     set_sources,
+    split_names,
+    take_trackers,
 )
 from luthier.recipe_files.draft import recipe_name
 
 DATASET_INFO = "dataset_info.json"
 _STAGES = {"sft": "sft", "pt": "pretrain", "rm": "reward", "dpo": "dpo", "kto": "kto"}
+_FORMS = {
+    "a single value": "stage flash_attn pref_loss finetuning_type quantization_method "
+    "quantization_type",
+    "a number": "val_size pref_ftx",
+    "a whole number": "lora_rank lora_alpha quantization_bit",
+}
+"""What the values have to be that are read here, and not only written into the recipe."""
 _LAUNCH = "it belongs to the launch: see the command below"
 
 
@@ -38,6 +47,8 @@ def convert_llama_factory(conversion: Conversion, dataset_info: Path | None = No
     `dataset_dir` and around the config.
     """
     _check_trains(conversion)
+    for form, keys in _FORMS.items():
+        conversion.check_values(form, keys)
     apply(
         conversion,
         (
@@ -48,6 +59,7 @@ def convert_llama_factory(conversion: Conversion, dataset_info: Path | None = No
             _sequences,
             _training,
             _evaluations,
+            take_trackers,
             _preferences,
             _launch,
             _needless,
@@ -107,7 +119,7 @@ def _model(conversion: Conversion) -> None:
     for key in ("add_tokens", "add_special_tokens"):
         if value := conversion.take(key):
             about = "texts that become tokens, each with a row that trains"
-            conversion.set_key(f"model.{key}", _listed(value), key, about)
+            conversion.set_key(f"model.{key}", split_names(value), key, about)
     attention = conversion.take("flash_attn")
     names = {"sdpa": "sdpa", "disabled": "eager"}
     if attention in names:
@@ -136,13 +148,6 @@ def _model(conversion: Conversion) -> None:
         conversion.differ("pure_bf16", "the adapter itself is float32 in luthier.")
 
 
-def _listed(value: Any) -> list[str]:
-    """Return names that commas part as a list."""
-    if isinstance(value, list):
-        return [str(each) for each in value]
-    return [name.strip() for name in str(value).split(",") if name.strip()]
-
-
 def _adapter(conversion: Conversion) -> None:
     kind = conversion.take("finetuning_type", "lora")
     _quantization(conversion)
@@ -164,15 +169,9 @@ def _adapter(conversion: Conversion) -> None:
             conversion.set_key("lora.r", 0, "", "the size of a block is named instead")
     else:
         conversion.choose("lora", "default", "finetuning_type")
-        rank = conversion.take("lora_rank", 8)
-        key = "lora_rank" if conversion.has("lora_rank") else ""
-        conversion.set_key("lora.r", rank, key, "the rank")
-        key = "lora_alpha" if conversion.has("lora_alpha") else ""
-        alpha = conversion.take("lora_alpha") or 2 * int(rank)
-        conversion.set_key("lora.lora_alpha", alpha, key, "the output is scaled by lora_alpha / r")
-        key = "lora_dropout" if conversion.has("lora_dropout") else ""
-        dropout = conversion.take("lora_dropout", 0.0)
-        conversion.set_key("lora.lora_dropout", dropout, key, "dropout on the adapter's input")
+        rank = conversion.carry("lora_rank", "lora.r", 8)
+        conversion.carry("lora_alpha", "lora.lora_alpha", 2 * rank)
+        conversion.carry("lora_dropout", "lora.lora_dropout", 0.0)
         conversion.rename("loraplus_lr_ratio use_rslora use_dora")
         if conversion.take("pissa_init"):
             steps = conversion.take("pissa_iter", 16)
@@ -181,13 +180,13 @@ def _adapter(conversion: Conversion) -> None:
             conversion.count_as_carried("pissa_iter", "pissa_convert")
             conversion.take("pissa_convert")
     target = "oft_target" if kind == "oft" else "lora_target"
-    names = _listed(conversion.take(target, "all"))
+    names = split_names(conversion.take(target, "all"))
     key = target if conversion.has(target) else ""
     value: Any = "all-linear" if names == ["all"] else names
     conversion.set_key("lora.target_modules", value, key, "the layers with an adapter")
     if extra := conversion.take("additional_target"):
         about = "layers that train whole"
-        conversion.set_key("lora.modules_to_save", _listed(extra), "additional_target", about)
+        conversion.set_key("lora.modules_to_save", split_names(extra), "additional_target", about)
 
 
 def _quantization(conversion: Conversion) -> None:
@@ -230,12 +229,12 @@ def _freeze(conversion: Conversion) -> None:
 
 
 def _datasets(conversion: Conversion, dataset_info: Path | None) -> None:
-    names = _listed(conversion.take("dataset") or [])
+    names = split_names(conversion.take("dataset") or [])
     folder = conversion.take("dataset_dir", "data")
     conversion.count_as_carried("dataset_dir")
     if not names:
         raise UserError(f"{conversion.file}: it names no `dataset`, so there is nothing to train.")
-    tests = _listed(conversion.take("eval_dataset") or [])
+    tests = split_names(conversion.take("eval_dataset") or [])
     described = _DatasetInfo(conversion, folder, dataset_info)
     sources = [described.source(name, "dataset") for name in names]
     set_sources(conversion, sources, "dataset")
@@ -269,10 +268,17 @@ def _mixture(conversion: Conversion, keys: list[str], count: int) -> None:
         conversion.set_key(
             "dataset.mix", "interleave", "mix_strategy", "by the weight of each source"
         )
-        weights = [float(share) for share in _listed(shares)] if shares else [1.0] * count
-        for path, weight in zip(paths, weights, strict=False):
+        weights = split_names(shares) if shares else ["1.0"] * count
+        if len(weights) != len(paths):
+            raise UserError(
+                f"{conversion.file}: interleave_probs: {len(weights)} numbers for {len(paths)} "
+                "datasets."
+            )
+        for weight in weights:
+            conversion.check_value("a number", "interleave_probs", weight)
+        for path, share in zip(paths, map(float, weights), strict=True):
             key = "interleave_probs" if shares else ""
-            conversion.set_key(path.removesuffix("path") + "weight", weight, key)
+            conversion.set_key(path.removesuffix("path") + "weight", share, key)
         conversion.differ(
             "mix_strategy",
             f"{strategy}: LLaMA-Factory draws rows by chance; luthier takes exact shares "
@@ -322,7 +328,11 @@ class _DatasetInfo:
         if name not in self._entries:
             options = suggest_options(name, self._entries)
             raise UserError(f"{self._file}: there is no dataset {name!r}. {options}")
+        self._conversion.check_value("a mapping", f"{key}: {name}", self._entries[name])
         entry = dict(self._entries[name])
+        for part in ("columns", "tags"):
+            value = entry.get(part) or {}
+            self._conversion.check_value("a mapping", f"{key}: {name}: {part}", value)
         settings = self._location(entry, name)
         settings |= _row_format(self._conversion, entry, name, key)
         return SourceDraft(recipe_name(name), settings, {"path": f"{name} of {DATASET_INFO}"})
@@ -453,12 +463,10 @@ def _dialogue(
 def _sequences(conversion: Conversion) -> None:
     """The template, lengths, packing, and which turns train."""
     method = conversion.draft.options["trainer"]
-    key = "cutoff_len" if conversion.has("cutoff_len") else ""
-    length = conversion.take("cutoff_len", 2048)
-    conversion.set_key("chat.max_length", length, key, "the longest sequence, in tokens")
+    conversion.carry("cutoff_len", "chat.max_length", 2048)
     if method != "pretrain":
         conversion.differ(
-            key or "dataset",
+            "cutoff_len" if conversion.has("cutoff_len") else "dataset",
             "LLaMA-Factory cuts longer rows within prompt and reply; luthier removes whole turns "
             "from the front (chat.on_long: turns), and leaves out a row that is still too long.",
         )
@@ -493,19 +501,16 @@ def _sequences(conversion: Conversion) -> None:
 def _training(conversion: Conversion) -> None:
     """Batches, steps, the optimizer and the learning rate, with LLaMA-Factory's defaults."""
     prefix = "trainer.args"
-    for key, default, about in (
-        ("per_device_train_batch_size", 8, "rows in one step on one device"),
-        ("per_device_eval_batch_size", 8, "rows in one step of an evaluation"),
-        ("gradient_accumulation_steps", 1, "steps before the weights change"),
-        ("learning_rate", 5e-5, "the highest learning rate"),
-        ("num_train_epochs", 3.0, "how often every row is seen"),
-        ("lr_scheduler_type", "linear", "how the rate falls"),
-        ("weight_decay", 0.0, "pull of the weights towards zero"),
+    for key, default in (
+        ("per_device_train_batch_size", 8),
+        ("per_device_eval_batch_size", 8),
+        ("gradient_accumulation_steps", 1),
+        ("learning_rate", 5e-5),
+        ("num_train_epochs", 3.0),
+        ("lr_scheduler_type", "linear"),
+        ("weight_decay", 0.0),
     ):
-        value = conversion.take(key)
-        value = float(value) if isinstance(default, float) and value is not None else value
-        origin = key if conversion.source.get(key) is not None else ""
-        conversion.set_key(f"{prefix}.{key}", default if value is None else value, origin, about)
+        conversion.carry(key, f"{prefix}.{key}", default)
     steps, share = conversion.take("warmup_steps"), conversion.take("warmup_ratio")
     key = "warmup_steps" if steps else "warmup_ratio" if share else ""
     about = "steps of warm-up; below 1 a share of all steps"
@@ -548,9 +553,9 @@ def _training(conversion: Conversion) -> None:
 
 def _evaluations(conversion: Conversion) -> None:
     held_out = conversion.has("val_size") or conversion.has("eval_dataset")
-    strategy, steps = conversion.take("eval_strategy"), conversion.take("eval_steps")
-    strategy = strategy or conversion.take("evaluation_strategy")
-    key = "eval_strategy" if conversion.has("eval_strategy") else ""
+    chooser = "evaluation_strategy" if conversion.has("evaluation_strategy") else "eval_strategy"
+    strategy, steps = conversion.take(chooser), conversion.take("eval_steps")
+    key = chooser if strategy else ""
     if held_out and strategy:
         conversion.set_key("trainer.args.eval_strategy", strategy, key, "when held-out rows count")
         if steps:
@@ -562,36 +567,16 @@ def _evaluations(conversion: Conversion) -> None:
         conversion.set_key(
             "trainer.evaluation.patience", patience, key, "evaluations without a gain"
         )
-    trackers = conversion.take("report_to")
-    names = [n for n in _listed(trackers or []) if n in ("wandb", "tensorboard", "mlflow")]
-    if names:
-        conversion.choose("tracker", names[0], "report_to")
-        if len(names) > 1:
-            conversion.draft.set_key("tracker.to", names, "all trackers")
-    elif trackers not in (None, "none", ["none"]):
-        conversion.drop("report_to", "luthier logs to wandb, TensorBoard, MLflow and Trackio")
-    elif trackers:
-        conversion.leave_out_taken("report_to", "nothing is sent anywhere")
-    name = conversion.take("run_name")
-    if name and "wandb" in names:
-        conversion.set_key("tracker.wandb.name", name, "run_name", "the run's name there")
-    elif name:
-        conversion.leave_out_taken("run_name", "a run is named by its folder")
 
 
 def _preferences(conversion: Conversion) -> None:
     method, prefix = conversion.draft.options["trainer"], "trainer.args"
     fields = read_class_fields(*METHODS[method].config) or {}
     if method in ("dpo", "kto", "orpo", "cpo"):
-        key = "pref_beta" if conversion.has("pref_beta") else ""
-        beta = float(conversion.take("pref_beta", 0.1))
-        conversion.set_key(f"{prefix}.beta", beta, key, "how near to the reference")
+        conversion.carry("pref_beta", f"{prefix}.beta", 0.1)
     if method == "cpo":
-        key = "simpo_gamma" if conversion.has("simpo_gamma") else ""
-        gamma = float(conversion.take("simpo_gamma", 0.5))
-        conversion.set_key(
-            f"{prefix}.simpo_gamma", gamma, key, "by how much the better reply leads"
-        )
+        about = "by how much the better reply leads"
+        conversion.carry("simpo_gamma", f"{prefix}.simpo_gamma", 0.5, about)
         conversion.set_key(f"{prefix}.cpo_alpha", 0.0, "", "SimPO alone")
     for key, ours in (("dpo_label_smoothing", "label_smoothing"), ("ld_alpha", "ld_alpha"),
                       ("kto_chosen_weight", "desirable_weight"),

@@ -6,10 +6,11 @@ scripts have besides (`ScriptArguments`, `ModelConfig`), and those that luthier 
 
 from typing import Any
 
-from luthier.config.library_fields import read_class_fields
+from luthier.config.library_fields import UNKNOWN, read_class_fields
 from luthier.config.methods import METHODS
-from luthier.errors import UserError
-from luthier.recipe_files.conversion import Conversion, apply
+from luthier.config.recipes import list_options, load_yaml
+from luthier.errors import Mistake, UserError
+from luthier.recipe_files.conversion import Conversion, apply, take_trackers
 
 TRL_METHODS = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
 """The scripts of TRL's command line, which are methods of luthier."""
@@ -25,7 +26,9 @@ def convert_trl(conversion: Conversion, method: str | None = None) -> None:
             text = "the file does not say which script read it; trainer: sft is taken."
             conversion.differ("model_name_or_path", text)
 
-    apply(conversion, (choose_method, _model, _adapter, _dataset, _arguments))
+    conversion.check_values("a list", "lora_target_modules reward_funcs")
+    handlers = (choose_method, _model, _adapter, _dataset, take_trackers, _rewards, _arguments)
+    apply(conversion, handlers)
 
 
 def _model(conversion: Conversion) -> None:
@@ -47,10 +50,11 @@ def _adapter(conversion: Conversion) -> None:
         kind = conversion.take("bnb_4bit_quant_type", "nf4")
         option = "fp4" if kind == "fp4" else "nf4"
         conversion.choose("quantization", option, "load_in_4bit", "bnb_4bit_quant_type")
-        nested = bool(conversion.take("use_bnb_nested_quant", False))
-        key = "use_bnb_nested_quant" if conversion.has("use_bnb_nested_quant") else ""
-        ours = "quantization.bnb_4bit_use_double_quant"
-        conversion.set_key(ours, nested, key, "whether the scales are quantized, too")
+        ours, about = (
+            "quantization.bnb_4bit_use_double_quant",
+            "whether the scales are quantized, too",
+        )
+        conversion.carry("use_bnb_nested_quant", ours, False, about)
     elif conversion.take("load_in_8bit"):
         conversion.choose("quantization", "int8", "load_in_8bit")
     keys = (
@@ -61,14 +65,9 @@ def _adapter(conversion: Conversion) -> None:
         conversion.leave_out(keys, "without use_peft all weights train")
         return
     conversion.choose("lora", "default", "use_peft")
-    for key, ours, default in (
-        ("lora_r", "r", 16),
-        ("lora_alpha", "lora_alpha", 32),
-        ("lora_dropout", "lora_dropout", 0.05),
-    ):
-        value = conversion.take(key)
-        origin = key if value is not None else ""
-        conversion.set_key(f"lora.{ours}", default if value is None else value, origin)
+    conversion.carry("lora_r", "lora.r", 16)
+    conversion.carry("lora_alpha", "lora.lora_alpha", 32)
+    conversion.carry("lora_dropout", "lora.lora_dropout", 0.05)
     targets = conversion.take("lora_target_modules")
     if targets:
         conversion.set_key("lora.target_modules", _one_or_list(targets), "lora_target_modules")
@@ -84,7 +83,7 @@ def _one_or_list(value: Any) -> Any:
 
 
 def _dataset(conversion: Conversion) -> None:
-    path = conversion.take("dataset_name") or conversion.take("dataset_path")
+    path = conversion.take("dataset_name")
     if not path:
         raise UserError(
             f"{conversion.file}: it names no dataset_name, so there is nothing to train. A mixture "
@@ -113,20 +112,24 @@ def _dataset(conversion: Conversion) -> None:
     for key in ("max_length", "max_seq_length"):
         if value := conversion.take(key):
             conversion.set_key("chat.max_length", value, key, "the longest sequence, in tokens")
-    bounded = conversion.draft.options["trainer"] in ("sft", "dpo", "kto", "reward")
-    if bounded and conversion.draft.value("chat.max_length") is None:
+    method = conversion.draft.options["trainer"]
+    if (
+        method in ("sft", "dpo", "kto", "reward")
+        and conversion.draft.value("chat.max_length") is None
+    ):
         conversion.set_key("chat.max_length", 1024, "", "the longest sequence, in tokens")
     if template := conversion.take("chat_template_path"):
         conversion.set_key(
             "chat.template", template, "chat_template_path", "a template of your own"
         )
-    if conversion.take("assistant_only_loss") is False:
-        conversion.leave_out_taken("assistant_only_loss", "luthier trains replies alone")
-    conversion.differ(
-        "dataset_name",
-        "TRL trains on whole conversations unless assistant_only_loss is set; luthier trains the "
-        "replies. 'chat.train_on=[system,user,assistant]' trains every turn.",
-    )
+    replies_alone = conversion.take("assistant_only_loss")
+    conversion.count_as_carried("assistant_only_loss")
+    if method == "sft" and not replies_alone:
+        conversion.differ(
+            "dataset_name" if replies_alone is None else "assistant_only_loss",
+            "TRL trains on whole conversations unless assistant_only_loss is set; luthier trains "
+            "the replies. 'chat.train_on=[system,user,assistant]' trains every turn.",
+        )
 
 
 def _arguments(conversion: Conversion) -> None:
@@ -147,36 +150,19 @@ def _arguments(conversion: Conversion) -> None:
         if (value := conversion.take(key)) is not None:
             ours = key.replace("gradient", "activation")
             conversion.set_key(f"{prefix}.{ours}", value, key)
-    _trackers(conversion)
-    _rewards(conversion)
     fields = read_class_fields(*METHODS[conversion.draft.options["trainer"]].config) or {}
     for key in [key for key in conversion.source if key in fields]:
         if key not in conversion.dropped and key not in conversion.needless:
             value = conversion.take(key)
             if value is not None:
                 conversion.set_key(f"{prefix}.{key}", value, key)
-    for key, default in (("num_train_epochs", 3.0), ("per_device_train_batch_size", 8)):
-        if conversion.source.get(key) is None:
+    option = load_yaml(list_options("trainer")[conversion.draft.options["trainer"]])
+    settings = {} if isinstance(option, Mistake) else option["args"]
+    for key, value in settings.items():
+        default = fields[key].default if key in fields else UNKNOWN
+        is_set = f"{prefix}.{key}" in conversion.draft.settings or key == "activation_checkpointing"
+        if not is_set and default not in (value, UNKNOWN):
             conversion.set_key(f"{prefix}.{key}", default)
-
-
-def _trackers(conversion: Conversion) -> None:
-    trackers = conversion.take("report_to")
-    listed = trackers if isinstance(trackers, list) else [trackers] if trackers else []
-    names = [n for n in listed if n in ("wandb", "tensorboard", "mlflow", "trackio")]
-    if names:
-        conversion.choose("tracker", names[0], "report_to")
-        if len(names) > 1:
-            conversion.draft.set_key("tracker.to", names, "all trackers")
-    elif listed and listed != ["none"]:
-        conversion.drop("report_to", "luthier logs to wandb, TensorBoard, MLflow and Trackio")
-    elif listed:
-        conversion.leave_out_taken("report_to", "nothing is sent anywhere")
-    if name := conversion.take("run_name"):
-        if "wandb" in names:
-            conversion.set_key("tracker.wandb.name", name, "run_name")
-        else:
-            conversion.leave_out_taken("run_name", "a run is named by its folder")
 
 
 def _rewards(conversion: Conversion) -> None:
