@@ -12,7 +12,7 @@
 #     "huggingface_hub==2.4.0",
 # ]
 # ///
-"""Train a recipe on the GPUs of Hugging Face Jobs, and push what came out to the hub.
+"""Train a recipe on the GPUs of Hugging Face Jobs, and push the result to the hub.
 
 Needs: credit for Jobs, `hf auth login` with a token that may write, and luthier as a wheel:
 
@@ -20,9 +20,9 @@ Needs: credit for Jobs, `hf auth login` with a token that may write, and luthier
     hf jobs uv run --flavor a100-large --timeout 12h --secrets HF_TOKEN -v ./dist:/wheels \
         launch/hf_jobs.py --to USER/NAME recipe=qlora_llama
 
-With several GPUs (`--flavor a100x4`) each gets a copy of the model (DDP). Everything behind the
-script but `--to` goes to `luthier train` as it stands. A job's disk is gone with the job: what is
-not pushed is lost, and a recipe's own files must be on the hub (`dataset.path=USER/NAME`).
+With several GPUs (`--flavor a100x4`), each gets a copy of the model (DDP). Everything after the
+script except `--to` is passed to `luthier train` unchanged. A job's disk is deleted with the job:
+whatever is not pushed is lost, and your data must be on the hub (`dataset.path=USER/NAME`).
 """
 
 import subprocess
@@ -33,7 +33,7 @@ RUN = "output_dir=run"
 
 
 def train_command(words: list[str], gpus: int) -> list[str]:
-    """Return the command that trains on so many GPUs."""
+    """Return the command that trains on this number of GPUs."""
     train = ["-m", "luthier", "train", *words, RUN]
     if gpus < 2:
         return [sys.executable, *train]
@@ -42,7 +42,7 @@ def train_command(words: list[str], gpus: int) -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    """Train, and push where `--to NAME` stands first; returns the exit code."""
+    """Train, and push if the first argument is `--to`; returns the exit code."""
     repository = None
     if words[:1] == ["--to"]:
         repository, words = "".join(words[1:2]), words[2:]
@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
         print("usage: hf_jobs.py [--to USER/NAME] recipe=NAME [key=value ...]", file=sys.stderr)
         print("output_dir is set by the script.", file=sys.stderr)
         return 2
-    # Asked of another process: one that looks at the GPUs holds memory on the first.
+    # Counted in another process, because one that looks at the GPUs holds memory on the first.
     count = "import torch; print(torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True)
     code = subprocess.run(train_command(words, int(answer.stdout or 0))).returncode

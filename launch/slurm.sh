@@ -3,11 +3,11 @@
 # Needs: the repository and its virtual environment on a file system that all machines share.
 # Command, in the repository: sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh recipe=lora_qwen
 #
-# Before its time is up the run stops with a checkpoint, and the job is put back into the queue: the
-# same command goes on from there (docs/runs.md).
+# Before its time is up, the run stops with a checkpoint and the job is put back into the queue, where
+# it resumes the run (docs/runs.md).
 #
-# LUTHIER_LAUNCH=launch/zero3.yaml chooses another launch config than fsdp2.yaml, LUTHIER_VENV another
-# virtual environment than .venv. Everything after the script goes to train.py as it stands.
+# LUTHIER_LAUNCH=launch/zero3.yaml chooses a launch config other than fsdp2.yaml, and LUTHIER_VENV a
+# virtual environment other than .venv. Everything after the script is passed to train.py unchanged.
 #
 #SBATCH --job-name=luthier
 #SBATCH --nodes=2
@@ -34,8 +34,8 @@ source "${LUTHIER_VENV:-.venv}/bin/activate"
 
 gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs, for instance with --gpus-per-node=8}
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# Two jobs on one machine must not meet: the job's number chooses the port. This script runs on the
-# first machine, where it takes the next one if a program listens there.
+# Two jobs on one machine must not collide, so the job's number chooses the port. This script runs on
+# the first machine, where it takes the next port if a program already listens there.
 port=$((20000 + SLURM_JOB_ID % 20000))
 while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
 
@@ -48,19 +48,19 @@ launch=(
   --main_process_port "$port"
 )
 
-# accelerate ends with 1 whatever its processes said: the first of them leaves its code here.
+# accelerate ends with 1 whatever its processes returned, so the first of them writes its code here.
 export LUTHIER_EXIT_FILE="$SLURM_SUBMIT_DIR/.luthier-$SLURM_JOB_ID.code"
 rm -f "$LUTHIER_EXIT_FILE"
 trap 'rm -f "$LUTHIER_EXIT_FILE"' EXIT
 
 # SLURM_NODEID is known only on each machine, so a shell there adds it. accelerate would die of
-# SIGUSR1: its shell ignores the signal, which the training processes may still take.
+# SIGUSR1, so its shell ignores the signal; the training processes still handle it.
 code=0
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
   bash -c 'trap "" USR1; exec "${@:2:$1}" --machine_rank "$SLURM_NODEID" "${@:2+$1}"' \
   _ "${#launch[@]}" "${launch[@]}" train.py "$@" || code=$?
 
-# 75: stopped, and the same command goes on.
+# 75: the run was stopped, and the same command resumes it.
 if [[ -f "$LUTHIER_EXIT_FILE" && "$(cat "$LUTHIER_EXIT_FILE")" == 75 ]]; then
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
