@@ -87,27 +87,27 @@ def _setting(types: str, default: Any, text: str, choices: tuple[str, ...] = ())
 _CHECKPOINTING = _setting(
     "bool none",
     None,
-    "Gradient checkpointing: compute activations again in the backward pass, in less memory and a "
-    "third more time. `auto` does so only where they would not fit.",
+    "Gradient checkpointing: the backward pass computes activations again, which saves memory and "
+    "takes a third more time. `auto` does this only if they would not fit.",
     ("auto",),
 )
 _LORA_SETTINGS = {
     "method": _setting("str none", "lora", "The adapter method: a folder of peft/tuners."),
     "plus_ratio": _setting(
-        "float none", None, "LoRA+: how many times the rate of A the matrices B learn with."
+        "float none", None, "LoRA+: the learning rate of the matrices B, divided by that of A."
     ),
     "experts": _setting(
         "bool int none",
         None,
-        "Whether LoRA goes on the experts of a mixture, or its rank there; null: where it goes on "
-        "all linear layers.",
+        "Whether LoRA also trains the experts of a mixture, or its rank there; null: only if it "
+        "trains all linear layers.",
     ),
     "vision": _setting(
-        "bool", False, "Whether the vision tower and the projector get an adapter, too."
+        "bool", False, "Whether the vision tower and the projector get an adapter as well."
     ),
 }
 _DEQUANTIZE = _setting(
-    "bool", False, "Unpack a model that comes quantized to whole weights while it loads."
+    "bool", False, "Unpack the weights of a model that comes quantized, while it loads."
 )
 
 PASS_THROUGH_KEYS = (

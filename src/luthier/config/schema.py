@@ -57,7 +57,7 @@ class MlflowConfig(StrictModel):
     uri: str | None = None
     """The tracking server, or a folder or database; null for `mlflow` in the run's folder."""
     experiment: str = "luthier"
-    """The experiment; it is made if it is not there."""
+    """The experiment; it is created if it does not exist."""
     name: str | None = None
     """The run's name; null for recipe/folder."""
     tags: dict[str, str] = Field(default_factory=dict)
@@ -79,7 +79,7 @@ class TrackerConfig(StrictModel):
     to: list[Literal["wandb", "tensorboard", "mlflow", "trackio"]] = Field(default_factory=list)
     """The trackers; all but wandb need a package (the extra of its name)."""
     artifacts: bool = False
-    """Give wandb and MLflow the trained model, too, and not only the run's small files."""
+    """Also send the trained model to wandb and MLflow, not only the run's small files."""
     wandb: dict[str, Any] = Field(default_factory=dict)
     """Passed to `wandb.init`: project, entity, name, group, tags, mode, ..."""
     mlflow: MlflowConfig = Field(default_factory=MlflowConfig)
@@ -102,7 +102,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class ModelConfig(StrictModel):
-    """Which model, and how it is put on this machine."""
+    """Which model, and how it is loaded."""
 
     path: str
     """A hub name, a local folder, or `package:NAME` for a package that carries a GGUF file."""
@@ -115,9 +115,9 @@ class ModelConfig(StrictModel):
     add_special_tokens: list[str] = Field(default_factory=list)
     """The same for control tokens, which replies and templates keep apart from text."""
     train: list[str] = Field(default_factory=list)
-    """Full fine-tuning of the parameters in whose names one of these patterns is; empty for all."""
+    """Full fine-tuning of the parameters whose names match one of these patterns; empty for all."""
     freeze: list[str] = Field(default_factory=list)
-    """Full fine-tuning without the parameters in whose names one of these patterns is."""
+    """Full fine-tuning without the parameters whose names match one of these patterns."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the machine computes it well, else float32."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -134,8 +134,8 @@ class ModelConfig(StrictModel):
     processor: dict[str, Any] = Field(default_factory=dict)
     """Settings of the model's image processor, such as `{max_pixels: 401408}`; saved with it."""
     loader: str | dict[str, dict[str, Any] | None] | None = None
-    """`python:file.py:function` of the path that loads the model, for what no class of
-    transformers' `Auto` classes loads; null for those."""
+    """`python:file.py:function` that loads the model from its path, for a class that none of
+    transformers' `Auto` classes loads; null to use those."""
 
 
 class SourceConfig(StrictModel):
@@ -147,7 +147,7 @@ class SourceConfig(StrictModel):
     format: Literal[
         "auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text", "saved", "hub", "python"
     ] = "auto"
-    """What the path holds; `auto` tells it by the path."""
+    """What the path names; `auto` finds it from the path."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What the reader of that format takes, such as `{delimiter: ";"}` for CSV."""
     name: str | None = None
@@ -180,9 +180,9 @@ class SourceConfig(StrictModel):
     system: str | None = None
     """A system prompt for rows that have none."""
     image_placeholder: Annotated[str, Field(min_length=1)] | None = None
-    """What texts hold where an image stands, such as `<image>`; null: such text is plain text."""
+    """The text that marks an image's place, such as `<image>`; null: such text is plain text."""
     train_on: Literal["all", "last"] | list[str] | None = None
-    """Which turns of these rows train, in place of `chat.train_on`."""
+    """Which turns of these rows train; overrides `chat.train_on`."""
     max_rows: PositiveInt | None = None
     """Use only the first rows."""
     map: str | dict[str, dict[str, Any] | None] | None = None
@@ -204,15 +204,15 @@ class EvalConfig(StrictModel):
     """Which rows are held out from training: at most one of path, split, share and count."""
 
     path: str | None = None
-    """A file of its own for the held-out rows."""
+    """A separate file of held-out rows."""
     split: str | None = None
-    """A split of the same hub dataset."""
+    """Another split of the same hub dataset."""
     share: float | None = Field(default=None, gt=0, lt=1)
-    """This share of the rows."""
+    """The share of the rows to hold out."""
     count: PositiveInt | None = None
-    """This many rows."""
+    """The number of rows to hold out."""
     by: Literal["draw", "hash"] = "draw"
-    """`draw`: exactly so many rows; `hash`: each row by itself, so that added rows move none."""
+    """`draw`: exactly that many rows; `hash`: row by row, so added rows move no others."""
     sets: dict[str, SourceConfig] = Field(default_factory=dict)
     """Further evaluation sets by name, each with its own metrics."""
 
@@ -223,9 +223,9 @@ class DatasetConfig(SourceConfig):
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
     """Several sources by name, in place of `path`."""
     mix: Literal["concatenate", "interleave"] = "concatenate"
-    """`concatenate`: all rows of all sources; `interleave`: so much of each as `weight` says."""
+    """`concatenate`: all rows of all sources; `interleave`: a share of each by its `weight`."""
     deduplicate: Literal["none", "exact", "normalised"] = "none"
-    """Leave out equal rows; `normalised`: also those that differ in case and white space only."""
+    """Leave out equal rows; `normalised`: also those that differ only in case and white space."""
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot be read: stop, or leave it out and list it in `dropped.jsonl`."""
     workers: Annotated[int, Field(gt=0, le=1024)] | None = None
@@ -259,15 +259,15 @@ class ChatSettings(StrictModel):
     """How conversations become tokens and labels: the settings of `luthier.chat.ChatEncoder`."""
 
     template: str | None = None
-    """A Jinja template (text or file) in place of the tokenizer's own."""
+    """A Jinja template (text or file) that replaces the tokenizer's own."""
     train_on: Literal["all", "last"] | list[str] = "all"
     """Which turns train: all assistant turns, the last one, or the turns of these roles."""
     boundaries: Literal["served", "segments"] = "served"
     """Where tokens may merge: as a server encodes the prompt, or never across segments."""
     on_lost: Literal["error", "drop", "keep"] = "error"
-    """What to do with a row whose text the template does not show whole."""
+    """What to do with a row of which the template does not show everything."""
     max_length: PositiveInt | None = None
-    """The longest sequence, in tokens; null for no bound."""
+    """The longest sequence, in tokens; null for the model's own limit."""
     on_long: Literal["turns", "drop", "error"] = "turns"
     """A longer row: remove whole turns from the front, drop the row, or stop."""
     date: str | None = None
@@ -294,7 +294,7 @@ class RolloutsConfig(StrictModel):
     """How a model that calls tools answers a prompt over several turns."""
 
     max_turns: PositiveInt | None = None
-    """A completion calls tools in at most so many of its turns; null for as many as fit."""
+    """A completion calls tools in at most this many of its turns; null for as many as fit."""
     tool_timeout: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Seconds after which a call ends with an error that the model reads."""
     record: NonNegativeInt = 0
@@ -312,7 +312,7 @@ class EvaluationConfig(StrictModel):
     when: Literal["start_and_end", "evaluations"] = "start_and_end"
     """Rows are answered before and after training, or also at every evaluation in between."""
     patience: PositiveInt | None = None
-    """Stop after so many evaluations without a better `trainer.args.metric_for_best_model`."""
+    """Stop after this many evaluations without a better `trainer.args.metric_for_best_model`."""
     rows: PositiveInt = 100
     """How many held-out rows are answered."""
     max_new_tokens: PositiveInt = 128
@@ -332,8 +332,8 @@ class OptimizerConfig(StrictModel):
     `trainer.args.optim`."""
     groups: list[dict[str, Any]] = Field(default_factory=list)
     """Weights with a learning rate or weight decay of their own, by a regular expression for their
-    names: `[{match: embed_tokens, learning_rate: 1e-5, weight_decay: 0.0}]`; the first that matches
-    holds."""
+    names: `[{match: embed_tokens, learning_rate: 1e-5, weight_decay: 0.0}]`; the first match
+    counts."""
 
     @field_validator("groups")
     @classmethod
@@ -454,7 +454,7 @@ class RunConfig(StrictModel):
     name: str | None = None
     """The name of the run's folder below `runs/<recipe>/`; null for one made of the overrides."""
     output_dir: str
-    """Where everything the run leaves is written."""
+    """The folder for everything that the run writes."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seeds the split, the adapter's weights, the order of the data and dropout."""
     deterministic: bool = False
