@@ -14,6 +14,8 @@ PAGES = {
 }
 """The site's pages whose source is elsewhere, by their names on the site."""
 
+_MESSAGE = re.compile(r"^```text$", re.MULTILINE)
+"""How a quoted message begins; its lines wrap on the site (docs/assets/site.css)."""
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -36,9 +38,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Return a page's text with its links as the site needs them."""
+    """Return a page's text with links as the site needs them, and its quoted messages marked."""
     name = page.file.src_uri
-    return site_links(markdown, (ROOT / PAGES.get(name, f"docs/{name}")).parent)
+    text = site_links(markdown, (ROOT / PAGES.get(name, f"docs/{name}")).parent)
+    return _MESSAGE.sub("``` {.text .message}", text)
 
 
 def site_links(markdown: str, folder: Path) -> str:

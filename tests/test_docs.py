@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
 import pytest
@@ -496,6 +497,12 @@ def site_hooks() -> Any:
 )
 def test_links_of_the_site(folder, text, on_site):
     assert site_hooks().site_links(text, ROOT / folder) == (on_site or text)
+
+
+def test_quoted_messages_are_marked_for_the_site():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="troubleshooting.md"))
+    text = site_hooks().on_page_markdown("```text\nno such row\n```\n", page)
+    assert text == "``` {.text .message}\nno such row\n```\n"
 
 
 @pytest.mark.parametrize(
