@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[3]
 DOCKERFILE, JOBS = ROOT / "launch" / "Dockerfile", ROOT / "launch" / "hf_jobs.py"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 PINS = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
 )
@@ -64,7 +65,8 @@ def test_what_is_fetched_is_cached_and_constrained():
 
 def test_all_that_luthier_needs_is_copied_and_nothing_ignored():
     copied = {word for rest in rest_of("COPY") for word in shlex.split(rest)[1:-1]}
-    assert {"src", "conf", "recipes", "launch", "train.py", "constraints.txt"} <= copied
+    assert {*PYPROJECT["tool"]["setuptools"]["package-dir"].values()} <= copied
+    assert {"train.py", "constraints.txt"} <= copied
     assert {PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml"} <= copied
     assert [word for word in copied if not (ROOT / word).exists()] == []
     ignore = (ROOT / "launch" / "Dockerfile.dockerignore").read_text().splitlines()
