@@ -24,6 +24,13 @@ _SECONDS_TO_SPEAK = 5.0
 """How long the other processes wait, so that the first one speaks before all are ended."""
 
 
+_WORKER_ERROR = re.compile(
+    r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback .*?^[\w.]*\1: ",
+    re.S | re.M,
+)
+"""What torch writes before the text of a worker's error: where it was raised, and its class."""
+
+
 class UserError(Exception):
     """A mistake that the user can mend; the text says what is wrong, where, and what to do.
 
@@ -31,6 +38,13 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """Return the text; of an error that a loader's worker raised, too."""
+        text = super().__str__()
+        # torch 2.13 raises it again in the main process, with the worker's traceback for a text.
+        match = _WORKER_ERROR.match(text)
+        return text[match.end() :].rstrip("\n") if match else text
 
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows of it: the text alone, by IPython's own hook."""

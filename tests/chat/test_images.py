@@ -16,6 +16,7 @@ from helpers.conversations import (
     replies,
     system,
     tool,
+    trl,
     user,
 )
 from helpers.image_expanders import FAMILIES, CountExpander, Family, image, text
@@ -241,6 +242,16 @@ def test_a_model_of_text_refuses_images():
     with pytest.raises(ChatError, match="this model takes text only") as caught:
         encoder.encode(PICTURE)
     assert caught.value.message == 0
+
+
+def test_a_model_of_text_refuses_images_of_tools():
+    """Results of tools may be any JSON, but an image is none of it."""
+    for source in (trl("qwen3_vl"), trl("gemma4"), CHATML):
+        encoder = ChatEncoder(pair("gpt2-words", source, eos="<|im_end|>"))
+        messages = [user("Zoom."), bot("", tool_calls=[call()]), tool([image(), text("ok")])]
+        with pytest.raises(ChatError, match="this model takes text only") as caught:
+            encoder.prompt(messages)
+        assert caught.value.message == 2
 
 
 def test_a_template_that_looks_for_the_key_of_a_part_shows_it():

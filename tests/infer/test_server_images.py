@@ -1,9 +1,12 @@
 """Images in requests: read from the request alone, within limits, and refused in OpenAI's words."""
 
 import base64
+import contextlib
 import io
+import socket
 import struct
 import threading
+import time
 import zlib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +16,8 @@ import pytest
 pytest.importorskip("starlette")
 from helpers.model_server import CHAT, RESPONSES, app_client, stream_events
 from helpers.vision_families import picture, png, save_vision_family
-from luthier.infer import LLM
+from luthier.data.rows import RowError
+from luthier.infer import LLM, request_images
 from luthier.infer.request_images import ImageLimits
 
 PICTURE = picture(60, 28)
@@ -168,6 +172,42 @@ def web_server(pages):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def test_a_model_of_text_refuses_the_image_of_a_tool(tuned_llm):
+    asked = question({"type": "text", "text": "Zoom."})
+    function = {"name": "zoom", "arguments": "{}"}
+    asked["messages"] += [
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "a", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "a", "content": [image(address(DATA))]},
+    ]
+    with app_client(tuned_llm) as client:
+        answer = client.post(CHAT, json=asked)
+    assert answer.status_code == 400
+    assert "this model takes text only" in answer.json()["error"]["message"]
+
+
+def test_a_server_that_sends_slowly_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(request_images, "_FETCH_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(100):
+                    time.sleep(0.1)
+                    connection.sendall(b"x")
+
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(RowError, match="it cannot be fetched: not complete after"):
+            request_images._fetch(f"http://127.0.0.1:{server.getsockname()[1]}/a.png", 10**6)
+    assert time.monotonic() - began < 5
 
 
 def test_addresses_are_fetched_where_that_is_allowed(llm, tmp_path):

@@ -107,6 +107,73 @@ def test_ids_and_inputs_of_a_prompt_are_those_of_the_processors_own_call(load, n
         assert value.equal(expected[key]), key
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "zoom",
+            "description": "Shows a part of the image.",
+            "parameters": {
+                "type": "object",
+                "properties": {"x": {"type": "integer", "description": "Its left edge."}},
+                "required": ["x"],
+            },
+        },
+    }
+]
+CALL = turn("assistant") | {
+    "tool_calls": [
+        {"type": "function", "id": "c1", "function": {"name": "zoom", "arguments": {"x": 3}}}
+    ]
+}
+RESULT = {"name": "zoom", "tool_call_id": "c1"}
+TOOL_CHATS = {
+    "tools": [turn("user", image(40, 60), text("Zoom?"))],
+    "a call and its result": [
+        turn("system", text("Be brief.")),
+        turn("user", image(40, 60), text(" or "), image(90, 30, 1)), CALL,
+        turn("tool", text("It is red.")) | RESULT,
+    ],
+    "an image as a result": [
+        turn("user", text("Look.")), CALL, turn("tool", image(90, 30, 1), text("this")) | RESULT,
+        turn("assistant", text("A cat.")), turn("user", image(40, 60), text("And this?")),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOOL_CHATS)
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_vl", "qwen3_5"])
+def test_tools_and_images_of_a_prompt_are_those_of_the_processors_own_call(load, name, case):
+    vision, messages = load(name), TOOL_CHATS[case]
+    rows = [{**message, "content": [*map(reference, message["content"])]} for message in messages]
+    encoder = ChatEncoder(vision.tokenizer, images=vision)
+    if name == "gemma4" and case == "an image as a result":
+        with pytest.raises(ChatError, match=r"shows 0 of the 1 images.* of this role .tool."):
+            encoder.prompt(rows, TOOLS)
+        return
+    expected = vision.processor.apply_chat_template(
+        messages, tools=TOOLS, tokenize=True, return_dict=True, return_tensors="pt",
+        add_generation_prompt=True,
+    )  # fmt: skip
+    assert encoder.prompt(rows, TOOLS) == expected["input_ids"][0].tolist()
+    made = vision.pixel_inputs([pictures_of(messages)])
+    assert made
+    assert all(value.equal(expected[key]) for key, value in made.items())
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
+def test_calls_and_replies_train_beside_images(load, name):
+    vision = load(name)
+    messages = [*TOOL_CHATS["a call and its result"], turn("assistant", text("Red."))]
+    rows = [{**message, "content": [*map(reference, message["content"])]} for message in messages]
+    (sequence,) = ChatEncoder(vision.tokenizer, images=vision).encode(rows, TOOLS)
+    trained = vision.tokenizer.decode([token for token in sequence.labels if token != -100])
+    assert trained == (
+        '<tool_call>\n{"name": "zoom", "arguments": {"x": 3}}\n</tool_call><|im_end|>Red.<|im_end|>'
+    )
+    assert [span.number for span in sequence.images] == [0, 1]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pixels_of_a_batch_are_those_of_the_processors_own_call(load, name):
     vision = load(name)

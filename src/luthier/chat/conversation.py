@@ -160,8 +160,8 @@ def _check_content(index: int, role: str, message: dict, takes_images: bool) -> 
         if takes_images and is_image_part(item) and content is not item:
             _check_image(index, item)
             continue
-        # Results of tools may be any JSON.
-        if role == "tool" and isinstance(item, dict | str):
+        # Results of tools may be any JSON; an image in one is no text of it.
+        if role == "tool" and isinstance(item, dict | str) and not is_image_part(item):
             continue
         if not (isinstance(item, dict) and isinstance(item.get("text"), str)):
             raise _content_error(index, item, takes_images)

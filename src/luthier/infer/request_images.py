@@ -125,7 +125,8 @@ def _fetch(address: str, limit: int) -> bytes:
         # ValueError: an address that is none.
         request = web.Request(address, headers={"User-Agent": "luthier"})
         with _web_opener().open(request, timeout=_FETCH_SECONDS) as response:
-            while block := response.read(_BLOCK_BYTES):
+            # `read` would wait for a whole block, however slowly it comes.
+            while block := response.read1(_BLOCK_BYTES):
                 data += block
                 if len(data) > limit:
                     raise RowError(_too_large(limit))

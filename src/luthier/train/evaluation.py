@@ -13,7 +13,7 @@ from luthier.config.cross_checks import find_best_metric
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.data.batching.image_collators import ImageInputs
 from luthier.data.formats.image_parts import image_parts
-from luthier.data.images.decode import decode_image
+from luthier.data.images.decode import decode_stored_image
 from luthier.data.images.reader import ImageRef
 from luthier.errors import UserError
 from luthier.infer.generate import ImagePromptInputs, generate
@@ -149,7 +149,7 @@ class QuestionImages:
 
     def _open(self, question: Question) -> "list[Image]":
         parts = image_parts({"messages": question.messages})
-        return [decode_image(self.read_image(part["image"])) for part in parts]
+        return [decode_stored_image(self.read_image(part["image"])) for part in parts]
 
 
 class ReplyGenerator:

@@ -1,5 +1,9 @@
 """Batches with images: equal to the processor's own, in the order of their documents."""
 
+import struct
+import zlib
+from hashlib import sha256
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,8 @@ from luthier.config.schema import ModelConfig
 from luthier.data.batching.collators import FlatteningCollator, PackingCollator, PaddingCollator
 from luthier.data.batching.image_collators import ImageCollator
 from luthier.data.batching.token_rows import Document
+from luthier.data.images.decode import StoredBytes, measure_image
+from luthier.errors import UserError
 from luthier.model.vision_processor import find_vision_processor
 
 
@@ -123,6 +129,39 @@ def test_pictures_of_packed_rows_stand_in_the_order_of_their_documents(load, nam
     assert expected
     for key, value in expected.items():
         assert batch[key].equal(value), key
+
+
+def png_without_pixels():
+    """A PNG that is whole but for its pixels: every checksum is right."""
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 40, 60, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(100))),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("source", ["", "photos/7.png"])
+def test_pixels_that_are_broken_are_said_in_words_by_workers_too(load, workers, source):
+    data = StoredBytes(png_without_pixels())
+    data.source = source
+    assert measure_image(data) == (40, 60)
+    ids = np.zeros(1, dtype=np.int32)
+    rows = [(Document(ids, ids, images=(data,)),)]
+    collator = ImageCollator(PaddingCollator(0), load("llava_clip"))
+    name = source or f"of SHA-256 {sha256(data).hexdigest()}"
+    with pytest.raises(UserError) as error:
+        next(iter(DataLoader(rows, collate_fn=collator, num_workers=workers, timeout=60 * workers)))
+    first, second = str(error.value).split("\n")
+    assert first == (
+        f"dataset: the image {name} cannot be decoded: it is broken: image file is truncated "
+        "(0 bytes not processed)."
+    )
+    assert second.endswith("decodes every image and names the rows of those that are broken.")
 
 
 def test_a_worker_of_the_loader_makes_the_same_batch(load, monkeypatch):

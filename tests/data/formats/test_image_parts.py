@@ -237,6 +237,54 @@ WRONG = {
         {},
         "messages[0]: an image part has image and url; keep one of them",
     ),
+    "a caption in the part of an image": (
+        {"messages": [user({**image("a"), "text": "A door."}, Q), REPLY]},
+        {},
+        "messages[0]: an image part has a text ('A door.'), which no model would see",
+    ),
+    "a size for one image": (
+        {"messages": [user({**image("a"), "max_pixels": 50176}, Q), REPLY]},
+        {},
+        "messages[0]: an image part has max_pixels, and the model's processor resizes all images",
+    ),
+    "an image in a part of text": (
+        {"messages": [user({**Q, "image": "a"}), REPLY]},
+        {},
+        "messages[0]: a text part has an image (image); make it a part of its own",
+    ),
+    "images of a message, as Ollama has them": (
+        {"messages": [{"role": "user", "content": "Colour?", "images": ["a"]}, REPLY]},
+        {},
+        "messages[0]: the message has 'images' beside its content, which no chat template shows; "
+        "make each image a part",
+    ),
+    "an image of a turn": (
+        {"conversations": [{"from": "human", "value": "Colour?", "image": "a"},
+                           {"from": "gpt", "value": "Red."}]},
+        {},
+        "conversations[0]: the message has 'image' beside its content",
+    ),
+    "sound of a message": (
+        {"messages": [{"role": "user", "content": "Who?", "audio": {"id": "a"}}, REPLY]},
+        {},
+        "the message has 'audio' beside its content, which no chat template shows; images are "
+        "trained on, videos and sound are not",
+    ),
+    "a column of videos": (
+        {"messages": [user(Q), REPLY], "videos": ["a.mp4"]},
+        {},
+        "the row has 'videos'; images are trained on, videos and sound are not. Leave a column out",
+    ),
+    "sound beside a prompt": (
+        {"prompt": "Who?", "completion": "Bach.", "audio": {"bytes": b"RIFF", "path": None}},
+        {},
+        "the row has 'audio'; images are trained on, videos and sound are not",
+    ),
+    "two columns of images": (
+        {"messages": [user(Q), REPLY], "images": ["a"], "image": "b"},
+        {},
+        "the row has 'image' beside 'images', and one column of images is read",
+    ),
     "parts in another order than the images": (
         {"messages": [user({"type": "image", "index": 1}, {"type": "image", "index": 0}), REPLY],
          "images": ["a", "b"]},
@@ -276,3 +324,23 @@ def test_a_placeholder_is_for_conversations():
 def test_columns_of_images_are_left_out_on_purpose():
     row = {"prompt": "Hi", "completion": "Yo", "image": "a.png"}
     assert "images" not in read(row, remove_columns=["image"])
+    row |= {"images": ["b.png"], "videos": ["c.mp4"]}
+    assert read(row, remove_columns=["image", "videos"])["images"] == 1
+    # A mapping says which one is meant, and what a name stands for.
+    row = {"audio": "Who?", "completion": "Bach.", "image": "a.png", "pictures": ["b", "c"]}
+    made = read(row, columns={"prompt": "audio", "images": "pictures"})
+    assert made["messages"][0]["content"] == [image("b"), image("c"), text("Who?")]
+
+
+def test_what_arrow_fills_with_nulls_is_no_image():
+    nothing = {"bytes": None, "path": None}
+    parts = [
+        {**image("a"), "text": None, "max_pixels": None},
+        {**Q, "image": nothing, "image_url": None},
+    ]
+    row = {
+        "messages": [{**user(*parts), "images": [], "audio": nothing}, REPLY],
+        "videos": [], "audio": None,
+    }  # fmt: skip
+    made = read(row)
+    assert (made["images"], made["messages"][0]["content"][0]) == (1, image("a"))

@@ -34,6 +34,23 @@ def animation(format):
     return saved(frames[0], format, save_all=True, append_images=frames[1:])
 
 
+def with_late_orientation(data, orientation):
+    """A PNG with its EXIF behind the pixels, where the format allows it."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body
+    chunk += struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    end = data.rindex(b"IEND") - 4
+    return data[:end] + chunk + data[end:]
+
+
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+    b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
 WHOLE = {
     "a PNG": image_bytes("PNG"),
     "a JPEG": image_bytes("JPEG"),
@@ -56,6 +73,16 @@ WHOLE = {
     "a PNG that EXIF turns": turned_bytes(8, "PNG"),
     "a WebP that EXIF turns": turned_bytes(6, "WEBP"),
     "a TIFF that its tags turn": turned_bytes(6, "TIFF"),
+    "a PNG that EXIF behind its pixels turns": with_late_orientation(image_bytes("PNG"), 6),
+    "a JPEG that XMP turns": image_bytes("JPEG", xmp=XMP),
+    "a WebP that XMP turns": image_bytes("WEBP", xmp=XMP),
+    "an AVIF that EXIF turns": turned_bytes(6, "AVIF"),
+    "a JPEG with an orientation that does not exist": turned_bytes(9),
+    "grey with transparency": image_bytes("PNG", mode="LA"),
+    "a colour that is transparent": image_bytes("PNG", transparency=(255, 0, 0)),
+    "a TIFF in CIELAB": image_bytes("TIFF", mode="LAB"),
+    "one pixel": image_bytes("PNG", 1, 1),
+    "one row": image_bytes("PNG", 900, 1),
 }
 
 

@@ -3,6 +3,7 @@
 import base64
 import http.server
 import json
+import os
 import threading
 from hashlib import sha256
 from pathlib import Path
@@ -124,6 +125,14 @@ WRONG = {
         "it is not a picture that can be",
     ),
 }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (str(tmp_path / "pipe.png"), "/dev/zero"):
+        with pytest.raises(RowError, match=rf"{name} is a pipe or a device, and no picture's file"):
+            ImageReader().read(name, "rows.jsonl:1")
 
 
 @pytest.mark.parametrize(("value", "words"), WRONG.values(), ids=WRONG.keys())

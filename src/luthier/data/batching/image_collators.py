@@ -10,7 +10,7 @@ import numpy as np
 
 from luthier.data.batching.collators import Batch
 from luthier.data.batching.token_rows import TrainingRow
-from luthier.data.images.decode import decode_image
+from luthier.data.images.decode import decode_stored_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +81,7 @@ class ImageCollator:
         return self.layout.pad_token_id
 
     def __call__(self, rows: Sequence[TrainingRow]) -> Batch:
-        """Lay out rows; ValueError where the layout gives one."""
+        """Lay out rows; ValueError where the layout gives one, UserError for a broken image."""
         batch = self.layout(rows)
         documents = [document for row in rows for document in row]
         pictures = [decode_images(document.images) for document in documents]
@@ -124,5 +124,5 @@ class ImageCollator:
 
 
 def decode_images(files: Sequence[bytes]) -> "list[Image]":
-    """Return the pictures of a document or a prompt, whose files are given as bytes."""
-    return list(map(decode_image, files))
+    """Return the pictures of a document or a prompt; UserError for one that cannot be decoded."""
+    return list(map(decode_stored_image, files))

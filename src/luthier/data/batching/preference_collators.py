@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from luthier.data.batching.collators import to_tensors
-from luthier.data.batching.image_collators import ImageInputs
+from luthier.data.batching.image_collators import ImageInputs, decode_images
 from luthier.data.batching.samplers import RowTuple, SampledDataset, Sampler
 from luthier.data.batching.token_rows import Array, TokenRows
-from luthier.data.images.decode import decode_image
 
 Row = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -190,7 +189,7 @@ class PairCollator(PreferenceCollator):
         import torch
 
         assert self.images is not None
-        pictures = [list(map(decode_image, item.images)) for item in items]
+        pictures = [decode_images(item.images) for item in items]
         pixels = self.images.pixel_inputs(pictures)
         if not pixels:
             return {}

@@ -44,6 +44,8 @@ class ColumnMapping:
     """Whether labels that are text are numbers: cells of CSV have no other type."""
     image_placeholder: str | None = None
     """What texts hold where an image stands; None where placeholders are plain text."""
+    refused: tuple[str, ...] = ()
+    """Columns that no row may have: those of videos and sound, and a second one of images."""
 
     def take(self, row: Row, name: str) -> Any:
         """Return the row's value of a needed column.

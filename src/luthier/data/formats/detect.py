@@ -22,7 +22,11 @@ from luthier.data.formats.columns import (
     is_empty_cell,
 )
 from luthier.data.formats.conversations import Example
-from luthier.data.formats.image_parts import TYPED_PLACEHOLDER, TypedPlaceholderError
+from luthier.data.formats.image_parts import (
+    TYPED_PLACEHOLDER,
+    TypedPlaceholderError,
+    list_refused_columns,
+)
 from luthier.data.formats.labelled import parse_number
 from luthier.data.formats.registry import (
     FORMAT_VARIANTS,
@@ -96,6 +100,7 @@ class RowFormat:
             "json_replies": self.columns.json_replies,
             "number_labels": self.columns.number_labels,
             "image_placeholder": self.columns.image_placeholder,
+            "refused": list(self.columns.refused),
         }
 
     def _describe_other_type(self, row: Row) -> str:
@@ -384,6 +389,7 @@ def _row_format(match: FormatMatch, detection: DetectionInput, text_cells: bool)
         config.json_replies,
         text_cells and _has_number_labels(match, detection),
         config.image_placeholder,
+        list_refused_columns(source_names, config.remove_columns),
     )
     return RowFormat(match.variant, mapping, unused, detection.key)
 

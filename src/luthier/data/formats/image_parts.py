@@ -4,7 +4,7 @@ Every format of rows with messages takes them. Here an image is only found and p
 `luthier.data.images` reads it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,14 @@ _SOURCE_KEYS = ("image", "image_url", "url", "path", "base64", "source", "value"
 """Where a part has its image: `image_url` is OpenAI's (platform.openai.com, images and vision),
 `source` Anthropic's (docs.anthropic.com, vision), `value` LLaMA-Factory's, the others transformers'
 (chat templating)."""
+_SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+"""What qwen_vl_utils reads from a part (github.com/QwenLM/Qwen2-VL, README); transformers' own
+processors resize all images alike."""
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+"""Columns, and keys of messages, that hold what no model is trained on here."""
+_MESSAGE_KEYS = (IMAGES, "image", "image_url", *_OTHER_MEDIA)
+"""Keys of a message beside its content that no chat template reads; `images` is Ollama's
+(github.com/ollama/ollama, docs/api.md)."""
 
 
 class TypedPlaceholderError(RowError):
@@ -51,17 +59,77 @@ class UnreadImage:
 def read_image_part(part: Mapping[str, Any]) -> dict[str, Any]:
     """Return a part of an image with its source under `image`; one without a source has none.
 
-    Raises RowError for two sources in one part.
+    Raises RowError for two sources in one part, and for a text or a size of its own beside them.
     """
     sources = {key: part[key] for key in _SOURCE_KEYS if not is_empty_cell(part.get(key))}
     if len(sources) > 1:
         raise RowError(f"an image part has {' and '.join(sources)}; keep one of them")
+    if not is_empty_cell(part.get("text")):
+        raise RowError(
+            f"an image part has a text ({excerpt(part['text'])!r}), which no model would see; "
+            "make it a part of its own"
+        )
+    for key in _SIZE_KEYS:
+        if not is_empty_cell(part.get(key)):
+            raise RowError(
+                f"an image part has {key}, and the model's processor resizes all images alike; "
+                "remove it, and set model.processor.max_pixels or model.processor.size for all"
+            )
     image: dict[str, Any] = {"type": "image"}
     if isinstance(part.get("index"), int):
         image["index"] = part["index"]
     for key, value in sources.items():
         image["image"] = _read_source(key, value)
     return image
+
+
+def check_text_part(part: Mapping[str, Any]) -> None:
+    """Raise RowError for a part of text that has an image, too."""
+    for key in ("image", "image_url"):
+        if _is_medium(part.get(key)):
+            raise RowError(f"a text part has an image ({key}); make it a part of its own")
+
+
+def check_message_keys(message: Mapping[str, Any]) -> None:
+    """Raise RowError for a message with images, videos or sound beside its content."""
+    for key in _MESSAGE_KEYS:
+        if _is_medium(message.get(key)):
+            raise RowError(
+                f"the message has {key!r} beside its content, which no chat template shows; "
+                + (
+                    "images are trained on, videos and sound are not"
+                    if key in _OTHER_MEDIA
+                    else 'make each image a part of the content: {"type": "image", "image": ...}'
+                )
+            )
+
+
+def _is_medium(value: Any) -> bool:
+    """Return whether a value names something; Arrow fills objects with nulls."""
+    if isinstance(value, Mapping):
+        return any(not is_empty_cell(item) for item in value.values())
+    return not is_empty_cell(value)
+
+
+def list_refused_columns(names: Mapping[str, str], removed: Collection[str]) -> tuple[str, ...]:
+    """Return the columns that rows with messages may not have.
+
+    `names`: the columns that are read, by our names. `removed`: those that are left out on purpose.
+    """
+    refused = [*_OTHER_MEDIA, *["image"] * (names.get(IMAGES) == IMAGES)]
+    return tuple(name for name in refused if name not in {*names.values(), *removed})
+
+
+def _check_refused_columns(row: Row, columns: ColumnMapping) -> None:
+    """Raise RowError for a row with a video, sound, or a second column of images."""
+    for name in columns.refused:
+        if name in row.fields and _is_medium(row.fields[name]):
+            problem = (
+                f"has {name!r}; images are trained on, videos and sound are not"
+                if name in _OTHER_MEDIA
+                else f"has {name!r} beside {IMAGES!r}, and one column of images is read"
+            )
+            raise RowError(f"the row {problem}. Leave a column out with remove_columns")
 
 
 def _read_source(key: str, value: Any) -> Any:
@@ -78,8 +146,9 @@ def fill_image_parts(example: dict[str, Any], row: Row, columns: ColumnMapping) 
 
     Images of the row's column fill parts without a source in order, or stand before the first text
     of a user. An example without images is returned as it is. Raises RowError where there are more
-    parts than images, or the reverse.
+    parts than images, or the reverse, and for columns that are refused.
     """
+    _check_refused_columns(row, columns)
     values = _read_column(row, columns)
     if not values and columns.image_placeholder is None and not _holds_parts(example):
         return example

@@ -21,6 +21,8 @@ from luthier.data.formats.columns import (
 from luthier.data.formats.image_parts import (
     IMAGE_PART_TYPES,
     OTHER_MEDIA_TYPES,
+    check_message_keys,
+    check_text_part,
     describe_other_media,
     read_image_part,
 )
@@ -186,6 +188,7 @@ def _add_part(content: MessageContent, content_part: Any) -> str:
     if not isinstance(value, str) or name not in TEXT_PART_TYPES:
         type_name = excerpt(content_part.get("type", "no type"))
         raise RowError(f"a content part is {type_name!r}; only parts of text and images are read")
+    check_text_part(content_part)
     text_part = {
         key: entry for key, entry in content_part.items() if entry is not None and key != "value"
     }
@@ -274,6 +277,7 @@ def read_message(message: Any, json_replies: bool = False) -> Message:
         _put_calls(fields)
         _put_train(fields)
         _check_texts(fields)
+        check_message_keys(fields)
     if "content" not in fields and not _may_lack_content(fields, role):
         state = "is null" if "content" in message else "is missing"
         raise RowError(f"the content of this {role} message {state}; expected text")

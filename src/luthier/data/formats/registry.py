@@ -44,7 +44,7 @@ from luthier.data.rows import Row
 
 SAMPLED_ROWS = 50
 """Rows whose values are looked at."""
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Raise it whenever the same row gives another example: it is part of the cache's keys."""
 
 ExampleType = Literal[

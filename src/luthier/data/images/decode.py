@@ -6,10 +6,13 @@ its colours are made RGB. What that function would change without a word is refu
 
 import struct
 import warnings
+from hashlib import sha256
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.rows import RowError, excerpt
+from luthier.errors import UserError
+from luthier.redaction import redact_message
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +58,30 @@ def decode_image(data: bytes) -> "Image":
     image = _open_image(data)
     _check_readable(image)
     return convert_image(image)
+
+
+class StoredBytes(bytes):
+    """The bytes of an image of encoded rows, which know where they are from."""
+
+    source: str = ""
+    """The path or address as its row has it; empty where the row itself holds the bytes."""
+
+
+def decode_stored_image(data: bytes) -> "Image":
+    """Return the picture of an image of encoded rows; UserError where it cannot be decoded.
+
+    Encoding reads headers and ends of files, and broken pixels between them show only here.
+    """
+    try:
+        return decode_image(data)
+    except RowError as error:
+        source = getattr(data, "source", "")
+        name = redact_message(source) or f"of SHA-256 {sha256(data).hexdigest()}"
+        raise UserError(
+            f"dataset: the image {name} cannot be decoded: {error}.\nIts header and its end are "
+            "whole, so encoding did not see it. `luthier check` with the same settings decodes "
+            "every image and names the rows of those that are broken."
+        ) from None
 
 
 def convert_image(image: "Image") -> "Image":

@@ -5,14 +5,16 @@ address as a row has it), `folder` (the number of the data file that a relative 
 -1), `size` and `mtime_ns` of its file, and `data`: its bytes, empty where a file holds them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
+from luthier.data.images.decode import StoredBytes
 from luthier.data.images.reader import (
+    EMBEDDED,
     FileStamp,
     ImageRef,
     ReadImage,
@@ -98,15 +100,19 @@ class StoredImages:
     def __len__(self) -> int:
         return len(self.table)
 
-    def read(self, number: int) -> bytes:
+    def read(self, number: int) -> StoredBytes:
         """Return the bytes of an image, which are those that were encoded.
 
         Raises UserError where its file is gone or has other content now.
         """
         row = self.table.row(number)
-        if row["data"]:
-            data: bytes = row["data"]
-            return data
+        source: str = row["source"]
+        data = StoredBytes(row["data"] or self._read_file_of(row))
+        data.source = source if source != EMBEDDED else ""
+        return data
+
+    def _read_file_of(self, row: Mapping[str, Any]) -> bytes:
+        """Return the bytes of the file that an entry of the table names."""
         source: str = row["source"]
         try:
             data = self._read_file(source, row["folder"])[1]

@@ -16,6 +16,7 @@ from hashlib import sha256
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any, NamedTuple, TypedDict
 from urllib.error import HTTPError
 from urllib.parse import unquote_to_bytes
@@ -194,11 +195,17 @@ def read_image_file(path: Path, source: str) -> tuple[FileStamp, bytes]:
     `source` is what its row calls it.
     """
     try:
+        # A pipe would wait for its writer when it is opened, and some devices never end.
+        mode = path.stat().st_mode
+        if not S_ISREG(mode) and not S_ISDIR(mode):
+            raise RowError(
+                f"{redact_message(excerpt(source))} is a pipe or a device, and no picture's file"
+            )
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             if stat.st_size > MAX_IMAGE_BYTES:
                 raise RowError(f"{source} has {stat.st_size:,} bytes, too many for a picture")
-            return FileStamp(stat.st_size, stat.st_mtime_ns), file.read()
+            return FileStamp(stat.st_size, stat.st_mtime_ns), file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError:
         raise RowError(
             f"there is no file {redact_message(excerpt(source))} (looked for {path.absolute()})"
