@@ -252,6 +252,8 @@ def test_a_model_of_text_refuses_images_of_tools():
         with pytest.raises(ChatError, match="this model takes text only") as caught:
             encoder.prompt(messages)
         assert caught.value.message == 2
+        # An object is a result in JSON, whatever its type says.
+        assert encoder.prompt([*messages[:2], tool({"type": "image", "name": "a.png"})])
 
 
 def test_a_template_that_looks_for_the_key_of_a_part_shows_it():

@@ -258,6 +258,14 @@ def test_a_size_that_the_processor_refuses_is_said(load):
         load("qwen2_vl").expand({"height": 4, "width": 2000})
 
 
+def test_a_line_that_would_be_resized_to_a_bomb_is_said(load):
+    """The shortest edge becomes 28 pixels, and the longest one grows as much."""
+    words = r"an image of 120000 x 1 pixels.*it would be resized to 3360000 x 28 pixels, more than"
+    with pytest.raises(ChatError, match=words):
+        load("llava_clip").expand({"height": 1, "width": 120_000})
+    assert load("llava_clip").expand({"height": 1, "width": 100_000}) == FOUR
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_positions_of_a_document_are_those_of_the_model(load, name):
     vision, messages = load(name), CONVERSATIONS["several images and turns"]

@@ -157,11 +157,12 @@ def _check_content(index: int, role: str, message: dict, takes_images: bool) -> 
             field="content",
         )
     for item in content if isinstance(content, list | tuple) else [content]:
-        if takes_images and is_image_part(item) and content is not item:
+        is_image = is_image_part(item) and content is not item
+        if takes_images and is_image:
             _check_image(index, item)
             continue
-        # Results of tools may be any JSON; an image in one is no text of it.
-        if role == "tool" and isinstance(item, dict | str) and not is_image_part(item):
+        # Results of tools may be any JSON, but templates would read a part of an image as one.
+        if role == "tool" and isinstance(item, dict | str) and not is_image:
             continue
         if not (isinstance(item, dict) and isinstance(item.get("text"), str)):
             raise _content_error(index, item, takes_images)

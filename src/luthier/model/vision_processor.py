@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.chat import ChatError
 from luthier.chat.images import is_image_part
 from luthier.config.schema import ModelConfig
+from luthier.data.images.decode import MAX_IMAGE_PIXELS
 from luthier.errors import UserError, nearest_option
 from luthier.model import source
 from luthier.model.model_class import resolve_model_class
@@ -450,7 +451,14 @@ def _without_pixels(processor: Any) -> Iterator[Any]:
             return image
 
         def resize(self, image: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
-            return _blank_pixels(*_resized(image, size))
+            height, width = _resized(image, size)
+            # CLIP's shortest edge of 336 makes 13 GB of a line of 40,000 pixels, and crops it then.
+            if height * width > MAX_IMAGE_PIXELS:
+                raise ValueError(
+                    f"it would be resized to {width} x {height} pixels, more than "
+                    f"{MAX_IMAGE_PIXELS:,}"
+                )
+            return _blank_pixels(height, width)
 
         def rescale(self, image: Any, *args: Any, **kwargs: Any) -> Any:
             return image

@@ -273,7 +273,8 @@ WRONG = {
     "a column of videos": (
         {"messages": [user(Q), REPLY], "videos": ["a.mp4"]},
         {},
-        "the row has 'videos'; images are trained on, videos and sound are not. Leave a column out",
+        "the row has 'videos'; images are trained on, videos and sound are not. To leave it out, "
+        "set 'dataset.remove_columns=[videos]'",
     ),
     "sound beside a prompt": (
         {"prompt": "Who?", "completion": "Bach.", "audio": {"bytes": b"RIFF", "path": None}},
@@ -283,7 +284,8 @@ WRONG = {
     "two columns of images": (
         {"messages": [user(Q), REPLY], "images": ["a"], "image": "b"},
         {},
-        "the row has 'image' beside 'images', and one column of images is read",
+        "the row has 'image' beside 'images', and one column of images is read. To leave it out, "
+        "set 'dataset.remove_columns=[image]'",
     ),
     "parts in another order than the images": (
         {"messages": [user({"type": "image", "index": 1}, {"type": "image", "index": 0}), REPLY],

@@ -24,6 +24,7 @@ from luthier.data.formats.columns import (
 from luthier.data.formats.conversations import Example
 from luthier.data.formats.image_parts import (
     TYPED_PLACEHOLDER,
+    RefusedColumnError,
     TypedPlaceholderError,
     list_refused_columns,
 )
@@ -88,6 +89,9 @@ class RowFormat:
         except TypedPlaceholderError as error:
             setting = format_override(f"{self.key}.image_placeholder", TYPED_PLACEHOLDER)
             raise RowError(f"{error}. If each marks an image, set {setting}") from None
+        except RefusedColumnError as error:
+            setting = format_override(f"{self.key}.remove_columns", [error.column])
+            raise RowError(f"{error}. To leave it out, set {setting}") from None
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the examples, for JSON."""

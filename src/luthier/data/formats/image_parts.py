@@ -46,6 +46,15 @@ class TypedPlaceholderError(RowError):
     meant."""
 
 
+class RefusedColumnError(RowError):
+    """A column that would be lost without a word, where no setting says that it may be."""
+
+    def __init__(self, text: str, column: str) -> None:
+        """`column`: the source's name of it."""
+        super().__init__(text)
+        self.column = column
+
+
 @dataclass(frozen=True, slots=True)
 class UnreadImage:
     """An image that was found and not read yet."""
@@ -121,7 +130,7 @@ def list_refused_columns(names: Mapping[str, str], removed: Collection[str]) -> 
 
 
 def _check_refused_columns(row: Row, columns: ColumnMapping) -> None:
-    """Raise RowError for a row with a video, sound, or a second column of images."""
+    """Raise RefusedColumnError for a row with a video, sound, or a second column of images."""
     for name in columns.refused:
         if name in row.fields and _is_medium(row.fields[name]):
             problem = (
@@ -129,7 +138,7 @@ def _check_refused_columns(row: Row, columns: ColumnMapping) -> None:
                 if name in _OTHER_MEDIA
                 else f"has {name!r} beside {IMAGES!r}, and one column of images is read"
             )
-            raise RowError(f"the row {problem}. Leave a column out with remove_columns")
+            raise RefusedColumnError(f"the row {problem}", name)
 
 
 def _read_source(key: str, value: Any) -> Any:
