@@ -156,6 +156,16 @@ def test_an_image_that_cannot_be_read_names_its_prompt(case):
         open_prompts([[user(part)]], ["row 7"])
 
 
+def test_an_image_that_no_model_would_see_is_said():
+    beside = {"role": "user", "content": "What?", "images": ["a.png"]}
+    with pytest.raises(
+        UserError, match=r"prompt 1: messages\[0\]: the message has 'images' beside"
+    ):
+        open_prompts([[beside]])
+    with pytest.raises(UserError, match=r"messages\[1\]: a text part has an image \(image\)"):
+        open_prompts([{"messages": [user(text("Hi")), user({**text("What?"), "image": "a.png"})]}])
+
+
 def test_a_file_that_changes_is_not_read_as_another(tmp_path):
     file = tmp_path / "a.png"
     picture(20, 20).save(file)

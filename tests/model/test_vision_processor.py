@@ -2,10 +2,12 @@
 
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import trl
 from transformers import AutoProcessor
 
 from helpers.model_families import save_family
@@ -70,7 +72,7 @@ CONVERSATIONS = {
 
 def as_rows_have_it(messages):
     """The messages with references in place of pictures."""
-    return [turn(m["role"], *map(reference, m["content"])) for m in messages]
+    return [{**m, "content": [*map(reference, m["content"])]} for m in messages]
 
 
 def reference(part):
@@ -141,18 +143,28 @@ TOOL_CHATS = {
 }  # fmt: skip
 
 
+TOOL_TEMPLATES = [
+    ("gemma4", "gemma4"), ("gemma4", "gemma4_v5"),
+    ("qwen3_vl", "qwen3_vl"), ("qwen3_5", "qwen3_5_think"),
+]  # fmt: skip
+"""Families with templates that show tools, by their names in TRL."""
+
+
 @pytest.mark.parametrize("case", TOOL_CHATS)
-@pytest.mark.parametrize("name", ["gemma4", "qwen3_vl", "qwen3_5"])
-def test_tools_and_images_of_a_prompt_are_those_of_the_processors_own_call(load, name, case):
+@pytest.mark.parametrize(("name", "template"), TOOL_TEMPLATES)
+def test_tools_and_images_of_a_prompt_are_those_of_the_processors_own_call(
+    load, name, template, case
+):
     vision, messages = load(name), TOOL_CHATS[case]
-    rows = [{**message, "content": [*map(reference, message["content"])]} for message in messages]
-    encoder = ChatEncoder(vision.tokenizer, images=vision)
-    if name == "gemma4" and case == "an image as a result":
+    rows = as_rows_have_it(messages)
+    source = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text("utf-8")
+    encoder = ChatEncoder(vision.tokenizer, source, images=vision)
+    if template == "gemma4" and case == "an image as a result":
         with pytest.raises(ChatError, match=r"shows 0 of the 1 images.* of this role .tool."):
             encoder.prompt(rows, TOOLS)
         return
     expected = vision.processor.apply_chat_template(
-        messages, tools=TOOLS, tokenize=True, return_dict=True, return_tensors="pt",
+        messages, source, tools=TOOLS, tokenize=True, return_dict=True, return_tensors="pt",
         add_generation_prompt=True,
     )  # fmt: skip
     assert encoder.prompt(rows, TOOLS) == expected["input_ids"][0].tolist()

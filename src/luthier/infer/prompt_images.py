@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.chat.images import IMAGE_FIELD, find_image_message, is_image_part
 from luthier.data.examples import OpenedSource
-from luthier.data.formats.image_parts import IMAGE_PART_TYPES, image_parts, read_image_part
+from luthier.data.formats.image_parts import (
+    IMAGE_PART_TYPES,
+    check_message_keys,
+    check_text_part,
+    image_parts,
+    read_image_part,
+)
 from luthier.data.images.decode import decode_image
 from luthier.data.images.reader import (
     ImageReader,
@@ -120,12 +126,27 @@ def _open_messages(messages: Any, reader: ImageReader, name: str) -> Any:
         return messages
     opened: list[Any] = []
     for number, message in enumerate(messages):
+        label = f"{name}: messages[{number}]"
+        _check_nothing_is_lost(message, label)
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list | tuple) and any(map(_is_unread, content)):
-            label = f"{name}: messages[{number}]"
             message = {**message, "content": [_open_part(part, reader, label) for part in content]}
         opened.append(message)
     return opened
+
+
+def _check_nothing_is_lost(message: Any, label: str) -> None:
+    """Raise UserError for images where no model would see them: beside a content or a text."""
+    if not isinstance(message, Mapping):
+        return
+    content = message.get("content")
+    try:
+        check_message_keys(message)
+        for part in content if isinstance(content, list | tuple) else ():
+            if isinstance(part, Mapping) and part.get("type") == "text":
+                check_text_part(part)
+    except RowError as error:
+        raise UserError(f"{label}: {error}.") from None
 
 
 def _is_unread(part: Any) -> bool:

@@ -123,7 +123,8 @@ class StoredImages:
         if sha256(data).hexdigest() != row["sha256"]:
             raise UserError(
                 f"dataset: the image {redact_message(source)} changed after it was encoded. Run "
-                "the same command again, which encodes its rows again."
+                "the same command again, which encodes its rows again. If the file has the size "
+                "and the time that it had before, `touch` it first."
             )
         return data
 
