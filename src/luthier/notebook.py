@@ -252,7 +252,7 @@ class Run:
         from luthier.inspection.tokens import view_rows
         from luthier.model.artifact import read_run_config
 
-        material = open_dataset(read_run_config(self.folder, self._trust), "preview")
+        material = open_dataset(read_run_config(self.folder, self._trust))
         own_sets = [key for key in material.evaluated if ".sets." not in key]
         split = (own_sets[0] if own_sets else "held out") if held_out else "train"
         chosen = select_split(material, split)
@@ -320,15 +320,9 @@ class Preview:
         return _in_frame(self.html, _PREVIEW_HEIGHT)
 
     def __repr__(self) -> str:
-        from luthier.inspection.render import print_legend, print_sequence
+        from luthier.inspection.render import print_view
 
-        def print_rows(console: Any) -> None:
-            print_legend(console, any(row.images for row in self._view.rows))
-            for row in self._view.rows:
-                console.print()
-                print_sequence(console, row, self._view.pad, self._ids)
-
-        return _printed(print_rows)
+        return _printed(lambda console: print_view(console, self._view, self._ids))
 
 
 def _in_frame(html: str, height: int) -> str:

@@ -62,6 +62,7 @@ def test_what_is_said_of_a_source(check):
         "bad_rows": 0,
         "different_images": 0,
         "train_on": "last",
+        "labels": {},
         "unread_keys": {},
     }
 
@@ -144,6 +145,21 @@ def test_rows_of_a_held_out_file_are_told_apart(check):
     assert found["sides"]["train"]["left_out"] == {"equal to a held-out row": 1}
 
 
+LONG = [LUTE, {**STRINGS, "content": "long " * 30}, LUTE]
+PAIRS = [
+    *({"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)),
+    {"prompt": LONG, "chosen": "Strings.", "rejected": "No."},
+    {"prompt": "Why?", "chosen": "word " * 90, "rejected": "No."},
+    {"prompt": "Why?", "chosen": "", "rejected": "No."},
+]
+SHORT = ["chat.max_length=60", "chat.empty_replies=drop"]
+VERDICTS = [
+    {"prompt": f"What is {n}?", "completion": "word " * (20 * n), "label": n % 3 > 0}
+    for n in range(6)
+]
+CLASSES = [{"text": "lute " * n, "label": ("good", "bad", "so-so")[n % 3]} for n in range(12)]
+TAGS = [{"tokens": ["Ana"] + ["sings"] * n, "tags": ["B-PER"] + ["O"] * n} for n in range(12)]
+TARGETS = [{"source": "lute " * n, "target": "lyre " * n} for n in range(1, 12)]
 COUNTED = {
     "one source": ([*ONE, "chat.max_length=60", "chat.on_lost=drop"], {"a": [*ROWS.values()]}),
     "held out, equal rows": (
@@ -164,23 +180,14 @@ COUNTED = {
         ],
         {"a": [{"text": "a lute " * n} for n in range(12)]},
     ),
+    "pairs": ([*ONE, "trainer=dpo", *SHORT], {"a": PAIRS}),
+    "pairs, each reply by itself": ([*ONE, "trainer=kto", *SHORT], {"a": PAIRS}),
+    "pairs, a score": ([*ONE, "trainer=reward", *SHORT], {"a": PAIRS}),
+    "verdicts": ([*ONE, "trainer=kto", *SHORT, "dataset.eval.count=2"], {"a": VERDICTS}),
+    "labels": ([*ONE, "trainer=classify", "chat.max_length=8"], {"a": CLASSES}),
+    "tags": ([*ONE, "trainer=tag", "chat.max_length=8", "chat.on_long=drop"], {"a": TAGS}),
+    "targets": ([*ONE, "trainer=seq2seq", "chat.max_length=8"], {"a": TARGETS}),
 }
-
-
-def encoders(config, tokenizer):
-    """Those of supervised training, without its heavy imports."""
-    from luthier.data.encoders.chat import ConversationEncoder, TextEncoder
-
-    def encoder(kind, source, key):
-        if kind == "text":
-            chat = config.chat
-            return TextEncoder(
-                tokenizer, chat.max_length, config.dataset.stride, chat.empty_replies
-            )
-        own = {} if source.train_on is None else {"train_on": source.train_on}
-        return ConversationEncoder(tokenizer, config.chat.model_dump() | own)
-
-    return encoder
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -188,12 +195,13 @@ def test_the_counts_are_those_of_training(name, check, tmp_path):
     from luthier.config import load_config
     from luthier.data.prepare import prepare
     from luthier.model.tokenizer import load_tokenizer
+    from luthier.train.methods import make_row_encoders
 
     words, files = COUNTED[name]
     found = check(files, *words)[1]
     config = load_config([*words, f"dataset.cache={tmp_path / 'cache'}"]).config
     tokenizer = load_tokenizer(config.model)
-    made = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
+    made = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, config.seed)
     sides = {"train": made.train_counts}
     sides |= {name or "held_out": counts for name, counts in made.eval_counts.items()}
     assert set(sides) == set(found["sides"] | found["sets"])
@@ -248,12 +256,94 @@ def test_texts_are_counted_in_windows(check, luthier):
 
 
 @pytest.mark.parametrize("command", ["check", "preview"])
-def test_other_kinds_are_refused_in_words(command, luthier, write):
-    write([{"prompt": "a", "chosen": "b", "rejected": "c"}], "a.jsonl")
+def test_rows_of_another_method_are_refused_as_in_training(command, luthier, write):
+    write(PAIRS[:2], "a.jsonl")
     code, out, err = luthier(command, *ONE)
     assert (code, out) == (2, "")
-    assert f"luthier {command} shows conversations and plain texts only" in err
-    assert "dataset: these rows are preference pairs (a chosen and a rejected reply)" in err
+    assert "dataset: these rows are preference pairs (a chosen and a rejected reply), and " in err
+    assert "trainer=sft needs conversations or plain texts. Use trainer=dpo, kto," in err
+
+
+FINDINGS = {
+    "pairs": (
+        ["trainer=dpo", *SHORT],
+        PAIRS,
+        {("cut", "longer than chat.max_length"), ("dropped", "too long"),
+         ("dropped", "empty reply")},
+        {},
+    ),
+    "a pair without a preference": (
+        ["trainer=dpo"],
+        [*PAIRS[:2], {"prompt": "Why?", "chosen": "Because.", "rejected": " Because."}],
+        {("tied", "chosen and rejected are the same tokens")},
+        {},
+    ),
+    "verdicts": (["trainer=kto", "chat.empty_replies=drop"], VERDICTS,
+                 {("dropped", "empty reply")}, {"good": 3, "bad": 2}),
+    "pairs, each reply by itself": (["trainer=kto"], PAIRS[:4], set(), {"good": 4, "bad": 4}),
+    "a score": (["trainer=reward"], PAIRS[:4], set(), {}),
+    "labels": (
+        ["trainer=classify", "chat.max_length=8"],
+        CLASSES,
+        {("dropped", "empty text"), ("cut", "longer than chat.max_length")},
+        {"bad": 4, "so-so": 4, "good": 3},
+    ),
+    "tags": (["trainer=tag"], TAGS[:3], set(), {"B-PER": 3, "O": 3}),
+    "targets": (["trainer=seq2seq"], TARGETS[:3], set(), {}),
+}  # fmt: skip
+REPLY_RULES = [
+    "no row stops the training",
+    "labels are the token ids or -100",
+    "a sequence begins with at most one BOS",
+    "trained tokens end with a stop token",
+    "prompts are those of apply_chat_template",
+]
+RULES = {
+    "a score": [REPLY_RULES[0], REPLY_RULES[2], REPLY_RULES[4]],
+    **dict.fromkeys(("labels", "tags", "targets"), REPLY_RULES[:1]),
+}
+"""The rules of rows that are not replies whose tokens train."""
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_what_is_found_in_rows_of_other_methods(name, check):
+    words, rows, findings, labels = FINDINGS[name]
+    code, found = check({"a": rows}, *ONE, *words)
+    source = found["sources"]["dataset"]
+    assert (code, found["holds"]) == (0, True)
+    assert {(each["fate"], each["reason"]) for each in source["findings"]} == findings
+    assert source["labels"] == labels
+    rules = {rule["text"]: rule["checked"] for rule in found["rules"]}
+    assert [*rules] == RULES.get(name, REPLY_RULES) and all(rules.values())
+
+
+def test_the_report_says_what_does_not_apply(check, luthier):
+    words = [*ONE, "trainer=classify", "chat.max_length=8"]
+    check({"a": CLASSES}, *words)
+    out = luthier("check", *words)[1]
+    assert "BOS, stop tokens and prompts are checked in conversations; these rows are texts" in out
+    assert "    bad: 4 (36.4%)\n" in out and "\nlabels              11\n" in out
+    assert "a.jsonl:9: the end of its text was removed" in out
+    assert "packing" not in out and "boundaries" not in out
+
+
+def test_both_replies_of_a_pair_fill_the_batch(check):
+    rows = [{"prompt": "Why?", "chosen": "word " * 20, "rejected": "No."}] * 4
+    words = [*ONE, "trainer=dpo", "trainer.args.per_device_train_batch_size=2"]
+    _, found = check({"a": rows}, *words)
+    side, batches = found["sides"]["train"], found["batches"]
+    assert batches["padded"]["efficiency"] == side["tokens"] / (8 * side["lengths"]["max"])
+    assert batches["packed"] is None
+
+
+def test_a_template_that_writes_another_prompt_breaks_a_rule(check, monkeypatch):
+    from luthier.inspection.rules import TransformersPrompts
+
+    monkeypatch.setattr(TransformersPrompts, "_prompt", lambda *_: [1, 2])
+    code, found = check({"a": PAIRS[:2]}, *ONE, "trainer=dpo")
+    (broken,) = (rule for rule in found["rules"] if rule["broken"])
+    assert (code, broken["text"], broken["broken"]) == (1, REPLY_RULES[-1], 4)
+    assert broken["examples"][0]["place"] == "a.jsonl:1, chosen"
 
 
 STOPS = {

@@ -40,25 +40,39 @@ def marked(row):
 
 
 METHODS = {
-    "quickstart": ("row 1", "<|im_start|>assistant\n«{", "<|im_end|>»\n"),
-    "tiny_dpo": ("row 1, chosen", "<|im_start|>assistant\n«", "<|im_end|>»"),
-    "tiny_kto": ("row 1, a good reply", "<|im_start|>assistant\n«", "<|im_end|>»"),
-    "tiny_reward": ("row 1, chosen", "<|im_start|>assistant\n", "<|im_end|>\n"),
-    "tiny_grpo": ("row 1", "<|im_start|>user\n", "<|im_start|>assistant\n"),
-    "tiny_pretrain": ("row 1", "«", "<|im_end|>»"),
+    "quickstart": {"row 1": ("<|im_start|>assistant\n«{", "<|im_end|>»\n")},
+    "tiny_dpo": {
+        "row 1, prompt": ("<|im_start|>user\n", "<|im_start|>assistant\n"),
+        "row 1, chosen": ("«Of", "<|im_end|>»"),
+        "row 1, rejected": ("«You", "<|im_end|>»"),
+    },
+    "tiny_kto": {"row 1, a good reply": ("«", "<|im_end|>»")},
+    "tiny_reward": {"row 1, chosen": ("Of", "<|im_end|>\n")},
+    "tiny_classify": {"row 1, label price": ("clarinet", ".")},
+    "tiny_tag": {"row 1": ("ophone« in Vienna.»", "»")},
+    "tiny_grpo": {"row 1": ("<|im_start|>user\n", "<|im_start|>assistant\n")},
+    "tiny_pretrain": {"row 1": ("«", "<|im_end|>»")},
 }
 
 
 @pytest.mark.parametrize("recipe, expected", METHODS.items(), ids=METHODS)
 def test_rows_of_each_kind_of_method(recipe, expected, summary_of):
-    heading, inside, end = expected
     summary = summary_of(f"recipe={recipe}")
-    row = summary.rows[0]
-    assert (summary.remark, row.heading) == ("", heading)
-    assert inside in marked(row) and marked(row).endswith(end)
-    assert row.place.endswith(".jsonl:1") and row.counts.startswith(f"{len(row.tokens)} tokens")
+    assert summary.remark == ""
+    rows = {row.heading: row for row in summary.rows}
+    for heading, (inside, end) in expected.items():
+        row = rows[heading]
+        assert inside in marked(row) and marked(row).endswith(end)
+        assert row.counts.startswith(f"{len(row.tokens)} tokens")
+    assert summary.rows[0].place.endswith(".jsonl:1")
     assert summary.quantiles["max"] == summary.histogram[-1][1] >= summary.quantiles["median"]
     assert sum(count for *_, count in summary.histogram) > 20
+
+
+def test_tags_of_words_are_kept(summary_of):
+    row = summary_of("recipe=tiny_tag").rows[0]
+    tags = [piece.tag for piece in row.pieces()]
+    assert tags[:4] == ["B-PER", None, None, "I-PER"]
 
 
 def write_rows(path, *replies):

@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
 
     # Bad rows are counted and reported here, where training would stop at the first.
     material = load_dataset(
-        parsed.overrides, "check", bad_rows=True, is_trusted=TRUST.name in parsed.switches
+        parsed.overrides, bad_rows=True, is_trusted=TRUST.name in parsed.switches
     )
     survey = Survey(material, parsed.numbers.get("--limit"))
     _run(survey)

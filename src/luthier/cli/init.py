@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
     _print_recipe(inputs, path)
     if note:
         _print_line("name", note)
-    _print_next(inputs, f"{prefix}luthier", recipe)
+    _print_next(f"{prefix}luthier", recipe)
     return 0
 
 
@@ -241,12 +241,8 @@ def _print_recipe(inputs: "RecipeInputs", path: Path) -> None:
         _print_line("model" if choice.is_typed else "", choice.note)
 
 
-def _print_next(inputs: "RecipeInputs", command: str, recipe: str) -> None:
-    looks = inputs.survey.example_type in ("conversation", "text")
+def _print_next(command: str, recipe: str) -> None:
     print("\nNext:")
-    if looks:
-        print(f"  {command} preview {recipe:<24} # which tokens train, in colour")
-        print(f"  {command} check {recipe:<26} # the whole dataset against the rules")
-    else:
-        print(f"  {command} train {recipe} dry_run=true   # everything up to the first step")
+    print(f"  {command} preview {recipe:<24} # which tokens train, in colour")
+    print(f"  {command} check {recipe:<26} # the whole dataset against the rules")
     print(f"  {command} train {recipe}")

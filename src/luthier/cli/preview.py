@@ -14,14 +14,15 @@ from luthier.terminal import make_console, print_json
 if TYPE_CHECKING:
     from luthier.inspection.dataset import LoadedDataset
     from luthier.inspection.statistics import SelectedRows
-    from luthier.inspection.tokens import DisplayedImage, DisplayedSequence, TokenView
+    from luthier.inspection.tokens import DisplayedImage, DisplayedSequence, Token, TokenView
 
 COMMAND_LINE = CommandLine(
     "preview",
     "luthier preview recipe=NAME [key=value ...] [flags]\n\n"
     "Shows rows of the dataset as the tokens that a run trains on: which tokens train, which are\n"
-    "context, which are control tokens, and where each token ends. It loads no model weights and\n"
-    "writes nothing but the file of --html.",
+    "context, which are control tokens, and where each token ends. Of a preference it shows the\n"
+    "prompt once, and each reply behind it; of other rows the labels or tags that train. It loads\n"
+    "no model weights and writes nothing but the file of --html.",
     (
         Flag(
             "--row", "N", "begin with the Nth row (1 is the first); without --n, show only that row"
@@ -37,6 +38,7 @@ COMMAND_LINE = CommandLine(
     ),
     "  luthier preview recipe=quickstart --n 2\n"
     "  luthier preview recipe=quickstart chat.boundaries=segments --row 7 --ids\n"
+    "  luthier preview recipe=tiny_dpo --n 1\n"
     "  luthier preview model=hub model.path=Qwen/Qwen3-0.6B dataset=jsonl \\\n"
     "      dataset.path=my.jsonl --html preview.html\n",
 )
@@ -52,7 +54,7 @@ def run(arguments: list[str]) -> int:
     # After the flags are parsed: loading brings transformers for the tokenizer.
     from luthier.inspection.dataset import load_dataset
 
-    material = load_dataset(parsed.overrides, "preview", is_trusted=TRUST.name in parsed.switches)
+    material = load_dataset(parsed.overrides, is_trusted=TRUST.name in parsed.switches)
     chosen, side = _chosen(parsed, material)
     # Counted over the chosen rows, so that --row 1 is the first of --source, not of the dataset.
     numbers = _numbers(parsed, sum(len(positions) for _, positions in chosen), side)
@@ -65,7 +67,9 @@ def run(arguments: list[str]) -> int:
     if "--json" in parsed.switches:
         print_json(_plain(token_view, material.name, parsed))
     elif not file:
-        _print(token_view, "--ids" in parsed.switches)
+        from luthier.inspection.render import print_view
+
+        print_view(make_console(), token_view, "--ids" in parsed.switches)
     return 0
 
 
@@ -127,16 +131,6 @@ def _none(side: str) -> str:
     )
 
 
-def _print(token_view: "TokenView", ids: bool) -> None:
-    from luthier.inspection.render import print_legend, print_sequence
-
-    console = make_console()
-    print_legend(console, any(row.images for row in token_view.rows))
-    for row in token_view.rows:
-        console.print()
-        print_sequence(console, row, token_view.pad, ids)
-
-
 def _write(file: str, token_view: "TokenView", name: str, ids: bool) -> None:
     """Write the page, and say where."""
     from luthier.inspection.render import render_html
@@ -166,12 +160,21 @@ def _plain_row(row: "DisplayedSequence") -> dict[str, Any]:
         "place": row.place,
         "sequence": row.part,
         "sequences": row.parts,
+        "part": row.name,
         "notes": row.notes,
         "trained_tokens": row.trained,
         "padding": row.padding,
-        "tokens": [asdict(token) for token in row.tokens],
+        "tokens": [_plain_token(token) for token in row.tokens],
         "images": [_plain_image(image) for image in row.images],
     }
+
+
+def _plain_token(token: "Token") -> dict[str, Any]:
+    values = asdict(token)
+    # Few rows have tags, and a token is written often.
+    if token.tag is None:
+        del values["tag"]
+    return values
 
 
 def _plain_image(image: "DisplayedImage") -> dict[str, Any]:

@@ -123,6 +123,7 @@ METHODS = {
         ("preference",),
         task="SEQ_CLS",
         writes_replies=False,
+        trained_values="pairs",
     ),
     "classify": MethodFacts(
         ("transformers", "training_args.py", "TrainingArguments"),

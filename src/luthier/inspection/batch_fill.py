@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.library_settings import TrainerArgs
+from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.batching.packing import PackingPlan
 from luthier.data.batching.samplers import (
@@ -47,7 +48,7 @@ class BatchFill:
     """The order of rows where they are not packed."""
     padded: BatchLayout
     packed: BatchLayout | None
-    """None where `chat.max_length` does not say how long a row may be."""
+    """None where `chat.max_length` does not say how long a row may be, or the method packs none."""
 
 
 class _Unread:
@@ -61,19 +62,35 @@ class _Unread:
 
 
 def measure_batch_fill(
-    lengths: Lengths, config: RunConfig, plan: BatchingSettings
+    lengths: Lengths,
+    config: RunConfig,
+    plan: BatchingSettings,
+    tokens: int | None = None,
+    sequences: int = 1,
 ) -> BatchFill | None:
-    """Lay out sequences of these lengths (tokens) for one device; None where there is none."""
+    """Lay out sequences of these lengths (tokens) for one device; None where there is none.
+
+    `sequences`: how many a row has side by side, all padded to one length, such as two of a pair;
+    `tokens` are then those of all of them.
+    """
     if not len(lengths):
         return None
+    count = int(lengths.sum(dtype=np.int64)) if tokens is None else tokens
     args = config.trainer.args
     size, strategy = args.per_device_train_batch_size, args.train_sampling_strategy
     return BatchFill(
         packing=plan.packing,
         strategy=strategy,
-        padded=_padded(lengths, _sampler(lengths, strategy, size, config), plan, size, args),
-        packed=_packed(lengths, plan.length, size),
+        padded=_padded(
+            lengths, _sampler(lengths, strategy, size, config), plan, args, count / sequences
+        ),
+        packed=_packed(lengths, plan.length, size) if can_pack(config) else None,
     )
+
+
+def can_pack(config: RunConfig) -> bool:
+    """Return whether the rows of the run's method are such as can be packed."""
+    return bool({"conversation", "text"} & {*METHODS[config.trainer.base_method].row_types})
 
 
 def _packed(lengths: Lengths, length: int | None, size: int) -> BatchLayout | None:
@@ -84,17 +101,17 @@ def _packed(lengths: Lengths, length: int | None, size: int) -> BatchLayout | No
 
 
 def _padded(
-    lengths: Lengths, sampler: Sampler, plan: BatchingSettings, size: int, args: TrainerArgs
+    lengths: Lengths, sampler: Sampler, plan: BatchingSettings, args: TrainerArgs, tokens: float
 ) -> BatchLayout:
-    """The rows of the first epoch, in their order."""
+    """The rows of the first epoch, in their order; `tokens`: those of one sequence of each row."""
+    size = args.per_device_train_batch_size
     length = plan.length if plan.constant else None
     ordered = lengths[[number for (number,) in sampler]]
     starts = np.arange(0, len(ordered), size)
     longest = np.maximum.reduceat(ordered, starts).astype(np.int64)
     rows = np.diff(np.append(starts, len(ordered)))
     positions = int((_widths(longest, length, args) * rows).sum())
-    efficiency = int(lengths.sum(dtype=np.int64)) / positions
-    return BatchLayout(len(lengths), length, size, len(starts), efficiency)
+    return BatchLayout(len(lengths), length, size, len(starts), tokens / positions)
 
 
 def _widths(longest: Widths, length: int | None, args: TrainerArgs) -> Widths:

@@ -40,6 +40,9 @@ i.t.c, i.t.c:nth-of-type(even) { background: var(--stop); color: var(--on-stop) 
   margin: 2px 3px; border: 1px solid var(--line); border-radius: 6px; line-height: 1.4;
   box-shadow: none; white-space: normal; max-width: 100% }
 i.m img { display: block; max-width: 100%; height: auto; margin: 0 auto 3px; border-radius: 3px }
+.tokens u { text-decoration: none; font-size: .72em; font-weight: 600; margin: 0 5px 0 2px;
+  opacity: .75 }
+.row.part { margin-top: -.6rem } .row.part header span { color: var(--soft) }
 i.m em { color: var(--note); font-style: normal }
 .tokens i:hover { outline: 2px solid var(--c); outline-offset: 1px }
 .tokens b { font-weight: 400; opacity: .4 } .tokens small { display: none }
@@ -95,17 +98,22 @@ def _section(row: DisplayedSequence, pad: str) -> str:
     if row.padding:
         space = "" if row.tokens[-1].text.endswith("\n") else " "
         tokens += f'{space}<i class="p" data-h="padding">{_text(pad)} × {row.padding}</i>'
-    return render_row(row.heading, row.place, row.counts, row.notes, tokens)
+    place = row.place if row.is_first else ""
+    return render_row(row.heading, place, row.counts, row.notes, tokens)
 
 
 def render_row(
     heading: str, place: str, counts: str, notes: Iterable[str], tokens: str, tag: str = "section"
 ) -> str:
-    """Return a sequence as an element of HTML; `tokens` is HTML, all else is plain text."""
+    """Return a sequence as an element of HTML; `tokens` is HTML, all else is plain text.
+
+    Without a place it is a further part of the row above it.
+    """
     paragraphs = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     body = f'<pre class="tokens">{tokens}</pre>' if tokens else ""
+    names = "row" if place else "row part"
     return (
-        f'<{tag} class="row"><header><h2>{escape(heading)}</h2><span>{escape(place)}</span>'
+        f'<{tag} class="{names}"><header><h2>{escape(heading)}</h2><span>{escape(place)}</span>'
         f'<span class="counts">{escape(counts)}</span></header>{paragraphs}{body}</{tag}>'
     )
 
@@ -151,7 +159,8 @@ def _token(token: Token) -> str:
     # The id stands before the line break, beside its token.
     text = _text(token.text)
     body = text.removesuffix("\n")
-    inner = f"{body}<small>{token.id}</small>{text[len(body) :]}"
+    tag = "" if token.tag is None else f"<u>{escape(token.tag)}</u>"
+    inner = f"{body}<small>{token.id}</small>{tag}{text[len(body) :]}"
     return f'<i{attribute} data-h="{hint}">{inner}</i>'
 
 
@@ -159,7 +168,7 @@ def _describe_role(token: Token) -> str:
     """What the token is there for, in words."""
     if token.kind == "control":
         return "trained control token" if token.trained else "control token"
-    return token.kind
+    return token.kind if token.tag is None else f"{token.kind}: {token.tag}"
 
 
 def _text(text: str) -> str:
@@ -179,6 +188,7 @@ SHADES = {
     "image": ("#dbe8f7 on #35506e", "#dbe8f7 on #35506e"),
     "padding": ("dim", "dim"),
 }
+_TAG_STYLE = "bold #4caf57"
 _MARKS = "«trained»  {control}  other tokens are context  | stands between tokens"
 
 
@@ -187,22 +197,37 @@ def has_colours(console: Console) -> bool:
     return bool(console.color_system) and not console.no_color
 
 
-def print_legend(console: Console, has_images: bool = False) -> None:
-    """Say what the colours or marks mean; `has_images`: those of images, too."""
+def print_legend(console: Console, has_images: bool = False, has_tags: bool = False) -> None:
+    """Say what the colours or marks mean; `has_images`, `has_tags`: those of these, too."""
     if not has_colours(console):
         marks = _MARKS + "  [image WIDTHxHEIGHT: its tokens, not trained]" * has_images
+        marks += "  =TAG is the tag that a word's first token trains" * has_tags
         console.print(marks, markup=False, soft_wrap=True)
         return
     text = Text()
     names = ("trained", "trained control", "context", "control", *["image"] * has_images)
     for name in names:
         text.append(f" {name} ", style=SHADES[name][0]).append("  ")
+    if has_tags:
+        text.append("=TAG", style=_TAG_STYLE).append("  ")
     console.print(text.append("× padding", style="dim"))
+
+
+def print_view(console: Console, view: TokenView, ids: bool = False) -> None:
+    """Print rows below one another, what the colours or marks mean first."""
+    has_tags = any(token.tag is not None for row in view.rows for token in row.tokens)
+    print_legend(console, any(row.images for row in view.rows), has_tags)
+    for row in view.rows:
+        # The parts of a row stand together.
+        if row.is_first:
+            console.print()
+        print_sequence(console, row, view.pad, ids)
 
 
 def print_sequence(console: Console, row: DisplayedSequence, pad: str, ids: bool = False) -> None:
     """Print one sequence under its heading; with `ids`, each token is followed by its id."""
-    bright = Text(row.heading, style="bold").append(f"  {row.place}", style="not bold")
+    bright = Text(row.heading, style="bold")
+    bright.append(f"  {row.place}" if row.is_first else "", style="not bold")
     console.print(bright.append(f"  {row.counts}", style="not bold dim"), soft_wrap=True)
     for note in row.notes:
         console.print(Text(note, style="bold #c8641e"), soft_wrap=True)
@@ -225,8 +250,10 @@ def _coloured(pieces: Iterable[Token | DisplayedImage], ids: bool) -> Text:
         name = "trained control" if token.trained and token.kind == "control" else token.kind
         shown = show_whitespace(token.text)
         # The id stands before the line break, beside its token.
-        body = shown.removesuffix("\n") if ids else shown
+        body = shown.removesuffix("\n") if ids or token.tag is not None else shown
         text.append(body, style=SHADES[name][n % 2])
+        if token.tag is not None:
+            text.append(f"={token.tag}", style=_TAG_STYLE).append("" if ids else " ")
         if ids:
             text.append(f"{token.id} ", style="dim").append(shown[len(body) :])
     return text
@@ -251,6 +278,7 @@ def _mark(token: Token | DisplayedImage, ids: bool) -> str:
     shown = show_whitespace(token.text)
     text = shown.removesuffix("\n")
     body = f"{{{text}}}" if token.kind == "control" else text
+    body += "" if token.tag is None else f"={token.tag}"
     return (f"{body}:{token.id}" if ids else body) + shown[len(text) :]
 
 

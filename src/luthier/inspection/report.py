@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.inspection.batch_fill import BatchFill, BatchLayout, histogram, quantiles
-from luthier.inspection.dataset import shorten_location
+from luthier.config.methods import EXAMPLE_TYPES
+from luthier.inspection.batch_fill import BatchFill, BatchLayout, can_pack, histogram, quantiles
+from luthier.inspection.readers import shorten_location
 from luthier.inspection.rules import Rule, RuleExample
 from luthier.inspection.statistics import (
     DuplicateRows,
@@ -117,7 +118,36 @@ def _overlap(overlap: HeldOutOverlap) -> str:
     return description or "; no training row equals one of them"
 
 
-def batch_lines(fill: BatchFill) -> Lines:
+_MOST_LABELS = 20
+
+
+def label_lines(survey: Survey) -> Lines:
+    """How often each verdict, class or tag trains, in each source."""
+    for account in survey.accounts:
+        total = sum(account.labels.values())
+        if not total:
+            continue
+        yield f"{account.opened.key}: {count_rows(len(account.labels), 'different label')}"
+        for label, count in account.labels.most_common(_MOST_LABELS):
+            yield f"  {label}: {count:,} ({count / total:.1%})"
+        if len(account.labels) > _MOST_LABELS:
+            yield f"  ... and {count_rows(len(account.labels) - _MOST_LABELS, 'more label')}"
+
+
+def missing_rule_lines(survey: Survey) -> Lines:
+    """Which rules say nothing of these rows, and why."""
+    types = dict.fromkeys(account.opened.row_format.example_type for account in survey.accounts)
+    if not survey.looks_at_chats:
+        rows = " and ".join(EXAMPLE_TYPES[example_type] for example_type in types)
+        yield f"BOS, stop tokens and prompts are checked in conversations; these rows are {rows}."
+    elif survey.method.task == "SEQ_CLS":
+        yield (
+            "Labels and stop tokens are not checked: the score of a whole conversation trains, "
+            "and none of its tokens."
+        )
+
+
+def batch_lines(fill: BatchFill, can_pack: bool = True) -> Lines:
     """How full the batches of an epoch are on one device: as configured, and the other way."""
     padded, packed = _padded(fill.padded, fill.strategy), _packed(fill.packed)
     if fill.packing:
@@ -125,7 +155,8 @@ def batch_lines(fill: BatchFill) -> Lines:
         yield f"  without trainer.args.packing: {padded}"
     else:
         yield padded
-        yield f"  with trainer.args.packing=true: {packed}"
+        if can_pack:
+            yield f"  with trainer.args.packing=true: {packed}"
 
 
 def _packed(layout: BatchLayout | None) -> str:
@@ -170,10 +201,15 @@ def _table(columns: Iterable[str]) -> Table:
     return table
 
 
-def split_table(sides: list[SplitStats], has_chats: bool) -> Table:
-    """What each side makes; `has_chats`: not all of it is plain text."""
+def split_table(
+    sides: list[SplitStats], is_documents: bool = False, trained_values: str = ""
+) -> Table:
+    """What each side makes.
+
+    `is_documents`: all of it is plain text. `trained_values`: what trains in place of tokens.
+    """
     table = _table(side.name for side in sides)
-    columns = [_column(side, has_chats) for side in sides]
+    columns = [_column(side, is_documents, trained_values) for side in sides]
     for label in dict.fromkeys(label for column in columns for label in column):
         cells = [column.get(label, "0") for column in columns]
         if label in _ALWAYS or any(cell != "0" for cell in cells):
@@ -181,7 +217,7 @@ def split_table(sides: list[SplitStats], has_chats: bool) -> Table:
     return table
 
 
-def _column(side: SplitStats, has_chats: bool) -> dict[str, str]:
+def _column(side: SplitStats, is_documents: bool, trained_values: str) -> dict[str, str]:
     share = f" ({side.trained_tokens / side.tokens:.0%})" if side.tokens else ""
     images_share = f" ({side.image_tokens / side.tokens:.0%})" if side.image_tokens else ""
     lengths = quantiles(side.lengths)
@@ -197,10 +233,10 @@ def _column(side: SplitStats, has_chats: bool) -> dict[str, str]:
         **side.left_out,
     }
     return {
-        "rows" if has_chats else "documents": f"{side.rows:,}",
-        "sequences" if has_chats else "windows": f"{len(side.lengths):,}",
+        "documents" if is_documents else "rows": f"{side.rows:,}",
+        "windows" if is_documents else "sequences": f"{len(side.lengths):,}",
         "tokens": f"{side.tokens:,}",
-        "trained": f"{side.trained_tokens:,}{share}",
+        trained_values or "trained": f"{side.trained_tokens:,}{'' if trained_values else share}",
         "images": f"{side.images:,}",
         "tokens of images": f"{side.image_tokens:,}{images_share}",
         **{f"{name} length": f"{lengths[name]:,}" if lengths else "" for name in names},
@@ -248,6 +284,7 @@ _OUTCOMES = {
     "stops": "stops the training",
     "dropped": "dropped",
     "lossy": "trained, but not all of its text is shown",
+    "tied": "trained without a preference",
     "cut": "cut",
     "windows": "cut into windows",
     "split": "several sequences",
@@ -267,16 +304,19 @@ def print_report(survey: Survey, console: Console | None = None) -> None:
     sides = survey.summary.sides
     for start in range(0, len(sides), _WIDTH):
         console.print()
-        print_table(console, split_table(sides[start : start + _WIDTH], survey.looks_at_chats))
+        columns = sides[start : start + _WIDTH]
+        values = survey.method.trained_values if survey.train.trained_tokens else ""
+        print_table(console, split_table(columns, survey.reads_documents, values))
     mix, shares = survey.material.config.dataset.mix, survey.summary.mixture
     if is_mixed(shares):
         console.print(Text(f"\nmixture of an epoch (dataset.mix={mix})", style="bold"))
         print_table(console, mixture_table(shares))
+    _show_lines(console, "labels that train", label_lines(survey))
     _show_lines(console, "equal rows", duplicate_lines(survey))
     _show_lines(console, "evaluation", held_out_lines(survey))
     print_lengths(console, survey.train)
     if survey.batches is not None:
-        lines = batch_lines(survey.batches)
+        lines = batch_lines(survey.batches, can_pack(survey.material.config))
         _show_lines(console, "batches of an epoch, on one device", lines)
     for account in survey.accounts:
         for finding in sorted(
@@ -289,6 +329,8 @@ def print_report(survey: Survey, console: Console | None = None) -> None:
     console.print(Text("\nrules", style="bold"))
     for rule in survey.rules:
         print_rule(console, rule, _remark(survey, rule))
+    for line in missing_rule_lines(survey):
+        console.print(Text(f"  {line}", style="dim"), soft_wrap=True)
     _show_end(console, survey)
 
 
@@ -327,12 +369,13 @@ def _show_boundaries(console: Console, survey: Survey) -> None:
     other = "segments" if boundaries.chosen == "served" else "served"
     console.print(Text("\nboundaries", style="bold"))
     if not boundaries.differ:
-        line = f"  served and segments give the same tokens in all {boundaries.rows:,} rows"
+        count = f"{boundaries.rows:,} {boundaries.unit}"
+        line = f"  served and segments give the same tokens in all {count}"
         console.print(f"{line}{sample}", soft_wrap=True)
         return
     console.print(
         f"  chosen: {boundaries.chosen}; {other} gives other tokens in {boundaries.differ:,} of "
-        f"{boundaries.rows:,} rows{sample}. The first:",
+        f"{boundaries.rows:,} {boundaries.unit}{sample}. The first:",
         soft_wrap=True,
     )
     if boundaries.first is not None:
@@ -362,7 +405,8 @@ def _remark(survey: Survey, rule: Rule) -> str:
 def _of_all(survey: Survey) -> str:
     """The words for a sample; none where all rows were compared."""
     compared, of = survey.comparison.boundaries.rows, survey.comparison.of
-    return "" if compared == of else f", a sample: {compared:,} of {of:,} rows"
+    unit = survey.comparison.boundaries.unit
+    return "" if compared == of else f", a sample: {compared:,} of {of:,} {unit}"
 
 
 def _show_end(console: Console, survey: Survey) -> None:
@@ -436,6 +480,7 @@ def _source_sentence(account: RowOutcomes) -> dict[str, Any]:
         "bad_rows": len(account.bad.rows),
         "different_images": len(account.different_images),
         "train_on": opened.config.train_on,
+        "labels": dict(account.labels.most_common()),
         "findings": [_finding_values(finding) for finding in account.findings.values()],
     }
 

@@ -21,7 +21,7 @@ from luthier.data import Example
 from luthier.data.formats.conversations import TEMPLATE_KWARGS, template_inputs
 from luthier.data.formats.image_parts import image_parts
 from luthier.errors import UserError
-from luthier.inspection.dataset import ConversationReader, InspectedRow
+from luthier.inspection.readers import ConversationReader, InspectedRow
 from luthier.model.model_images import ModelImages
 from luthier.model.vision_processor import VisionProcessor
 
@@ -166,20 +166,24 @@ class Rule:
 class SequenceRules:
     """What can be told from a sequence alone."""
 
-    def __init__(self, encoder: ChatEncoder, tokenizer: Any) -> None:
+    def __init__(self, encoder: ChatEncoder, tokenizer: Any, trains_tokens: bool = True) -> None:
+        """`trains_tokens`: False where a score of the whole sequence trains in their place."""
         self._stops = set(encoder.stop_token_ids)
         self._bos = tokenizer.bos_token_id
         self.labels = Rule("labels are the token ids or -100", "sequences")
         self.bos = Rule("a sequence begins with at most one BOS", "sequences")
         self.stops = Rule("trained tokens end with a stop token", "replies")
-        self.all = [self.labels, self.bos, self.stops]
+        self._trains_tokens = trains_tokens
+        self.all = [self.labels, self.bos, self.stops] if trains_tokens else [self.bos]
 
     def apply(self, sequence: ChatSequence, place: str) -> None:
         """Check one sequence."""
         ids, labels = sequence.input_ids, sequence.labels
-        self.labels.note(place, _wrong_labels(ids, labels))
         doubled = self._bos is not None and ids[:2] == [self._bos, self._bos]
         self.bos.note(place, f"it begins with token {self._bos} twice" if doubled else None)
+        if not self._trains_tokens:
+            return
+        self.labels.note(place, _wrong_labels(ids, labels))
         image_starts = {image.start for image in sequence.images}
         for start, stop in trained_runs(labels):
             if stop in image_starts:
@@ -255,6 +259,8 @@ class BoundaryDifferences:
     """Rows that the other setting of `chat.boundaries` would make other tokens of."""
 
     chosen: str
+    unit: str = "rows"
+    """What `rows` counts: rows, or their replies where a row has several."""
     rows: int = 0
     differ: int = 0
     first: RuleExample | None = None

@@ -14,7 +14,7 @@ from luthier.config.trust import NO_TRUST, Trust
 from luthier.data.examples import BadRows, DatasetSources, OpenedSource
 from luthier.data.formats.conversations import TEMPLATE_KWARGS, template_inputs
 from luthier.errors import UserError
-from luthier.inspection.dataset import shorten_location
+from luthier.inspection.readers import shorten_location
 from luthier.inspection.rules import Rule, first_difference, join_replies, tokens_around
 from luthier.inspection.tokens import token_decoder
 from luthier.model.adapter_keys import (

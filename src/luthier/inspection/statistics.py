@@ -25,7 +25,8 @@ from luthier.data.formats.messages import find_other_keys
 from luthier.data.images.reader import ReadImage
 from luthier.data.prepare import count_outcomes
 from luthier.data.select import select_rows, split_by_source
-from luthier.inspection.dataset import InspectedRow, LoadedDataset, describe_cut
+from luthier.inspection.dataset import LoadedDataset
+from luthier.inspection.readers import TIED, InspectedRow
 from luthier.inspection.rules import EXAMPLES, RuleExample
 
 Positions = NDArray[np.int64]
@@ -207,7 +208,7 @@ class Finding:
     """Rows of which there is something to say: what became of them, why, and the first ones."""
 
     outcome: str
-    """The state of the rows, or what else there is to say: `cut`, `windows` or `split`."""
+    """The state of the rows, or what else there is to say: `cut`, `windows`, `split` or `tied`."""
     reason: str
     rows: int = 0
     examples: list[RuleExample] = field(default_factory=list)
@@ -234,10 +235,12 @@ class RowOutcomes:
         self._fingerprints, self._normalised_fingerprints = bytearray(), bytearray()
         # Arrays of numbers, as a dataset may have millions of rows.
         self._sequences, self._cut_turns, self._states = array("i"), array("i"), array("b")
-        self._lengths, self._trained = array("i"), array("i")
+        self._lengths, self._tokens, self._trained = array("i"), array("i"), array("i")
         self._images, self._image_tokens = array("i"), array("i")
         self.different_images: set[str] = set()
         """The SHA-256 of each image of its rows."""
+        self.labels: Counter[str] = Counter()
+        """How often each verdict, class or tag trains."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -250,13 +253,15 @@ class RowOutcomes:
         self._fingerprints += fingerprint(row.example)
         self._normalised_fingerprints += normalised_fingerprint(row.example)
         self._states.append(outcome.state)
-        self._sequences.append(len(row.sequences))
+        self._sequences.append(len(row.sizes))
         self._cut_turns.append(-1 if outcome.cut_turns is None else outcome.cut_turns)
-        for sequence in row.sequences:
-            self._lengths.append(len(sequence))
-            self._trained.append(sequence.trained_tokens)
-            self._images.append(len(sequence.images))
-            self._image_tokens.append(sum(image.stop - image.start for image in sequence.images))
+        for size in row.sizes:
+            self._lengths.append(size.length)
+            self._tokens.append(size.tokens)
+            self._trained.append(size.trained)
+            self._images.append(size.images)
+            self._image_tokens.append(size.image_tokens)
+        self.labels.update(row.labels)
         self.different_images.update(part["image"]["sha256"] for part in image_parts(row.example))
         self._note_findings(row)
 
@@ -307,10 +312,15 @@ class RowOutcomes:
         """The place of the first row; empty where there is none."""
         return self.places[0] if self.places else ""
 
-    def tokens(self, rows: Positions) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return the tokens and the trained tokens of each sequence of these rows, in order."""
+    def lengths(self, rows: Positions) -> NDArray[np.int32]:
+        """Return the length of each sequence of these rows, in order: of a pair, the longer one."""
+        return _numbers(self._lengths)[self._sequence_numbers(rows)]
+
+    def count_tokens(self, rows: Positions) -> tuple[int, int]:
+        """Return the tokens of the sequences of these rows, and those that train."""
         numbers = self._sequence_numbers(rows)
-        return _numbers(self._lengths)[numbers], _numbers(self._trained)[numbers]
+        tokens, trained = _numbers(self._tokens)[numbers], _numbers(self._trained)[numbers]
+        return int(tokens.sum(dtype=np.int64)), int(trained.sum(dtype=np.int64))
 
     def count_images(self, rows: Positions) -> tuple[int, int]:
         """Return the images in the sequences of these rows, and the tokens that stand for them."""
@@ -325,13 +335,13 @@ class RowOutcomes:
 
     def _note_findings(self, row: InspectedRow) -> None:
         where, outcome, sequences = row.place, row.outcome, len(row.sequences)
-        cut_turns = outcome.cut_turns
+        if row.is_tied:
+            self.finding("tied", TIED).note(where, lambda: "no reply is the better one")
         if outcome.state != RowState.TRAINS:
             name = outcome.state.name.lower()
             self.finding(name, outcome.reason).note(where, lambda: outcome.problem)
-        if cut_turns is not None:
-            finding = self.finding("cut", "longer than chat.max_length")
-            finding.note(where, lambda: describe_cut(cut_turns))
+        if row.cut:
+            self.finding("cut", "longer than chat.max_length").note(where, lambda: row.cut)
         if sequences > 1 and self.opened.row_format.example_type == "text":
             finding = self.finding("windows", "longer than chat.max_length")
             finding.note(where, lambda: f"{sequences:,} windows")
@@ -367,7 +377,9 @@ class SplitStats:
     """`train`, `held out`, or the evaluation set's own."""
     rows: int
     lengths: NDArray[np.int32]
-    """Tokens of each sequence of an epoch, shape (sequences,)."""
+    """Tokens of each sequence of an epoch, shape (sequences,): of a pair those of the longer."""
+    tokens: int
+    """The tokens of an epoch."""
     trained_tokens: int
     dropped: int
     stops: int
@@ -385,11 +397,6 @@ class SplitStats:
     image_tokens: int = 0
     """The tokens that stand for them."""
 
-    @property
-    def tokens(self) -> int:
-        """The tokens of an epoch."""
-        return int(self.lengths.sum(dtype=np.int64))
-
 
 def summarise_split(
     name: str, parts: list[SplitRows], left_out: dict[str, int] | None = None
@@ -398,15 +405,16 @@ def summarise_split(
 
     `left_out`: rows that are in no split, by reason.
     """
-    tokens = [part.account.tokens(part.epoch) for part in parts]
+    tokens = [part.account.count_tokens(part.epoch) for part in parts]
     outcomes = count_outcomes((part.account, part.rows) for part in parts)
     none = np.empty(0, np.int32)
     images = [part.account.count_images(part.epoch) for part in parts]
     return SplitStats(
         name=name,
         rows=outcomes.rows,
-        lengths=np.concatenate([none, *(lengths for lengths, _ in tokens)]),
-        trained_tokens=sum(int(trained.sum(dtype=np.int64)) for _, trained in tokens),
+        lengths=np.concatenate([none, *(part.account.lengths(part.epoch) for part in parts)]),
+        tokens=sum(count for count, _ in tokens),
+        trained_tokens=sum(trained for _, trained in tokens),
         dropped=outcomes.states[RowState.DROPPED],
         stops=outcomes.states[RowState.STOPS],
         lossy=outcomes.states[RowState.LOSSY],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.config.methods import METHODS, MethodFacts
 from luthier.config.schema import RunConfig
 from luthier.data.encode_source import unread_keys
 from luthier.data.encoders.chat import RowState
@@ -20,12 +21,13 @@ from luthier.data.rows import RowError
 from luthier.data.select import RowSelection, select_rows, split_by_source
 from luthier.errors import UserError
 from luthier.inspection.batch_fill import BatchFill, measure_batch_fill
-from luthier.inspection.dataset import (
+from luthier.inspection.dataset import LoadedDataset, split_name
+from luthier.inspection.readers import (
     ConversationReader,
     InspectedRow,
-    LoadedDataset,
+    ReplyReader,
+    RowReader,
     shorten_location,
-    split_name,
 )
 from luthier.inspection.rules import (
     PromptComparison,
@@ -95,12 +97,12 @@ class DatasetSummary:
         epoch = split_by_source(self._trained, self.selection.epoch)
         shares = {}
         for name, account in self._trained.items():
-            tokens, trained = account.tokens(epoch[name])
+            tokens, trained = account.count_tokens(epoch[name])
             shares[name] = SourceShare(
                 rows=len(rows[name]),
                 epoch=len(epoch[name]),
-                tokens=int(tokens.sum(dtype=np.int64)),
-                trained_tokens=int(trained.sum(dtype=np.int64)),
+                tokens=tokens,
+                trained_tokens=trained,
             )
         return shares
 
@@ -255,6 +257,16 @@ class Survey:
         return self._chat is not None
 
     @property
+    def method(self) -> MethodFacts:
+        """What the method of the run trains on."""
+        return METHODS[self.material.config.trainer.base_method]
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether all rows are plain texts, which are counted in windows."""
+        return all(a.opened.row_format.example_type == "text" for a in self.accounts)
+
+    @property
     def rules(self) -> list[Rule]:
         """All rules, those that break the training first."""
         if self._chat is None:
@@ -273,8 +285,12 @@ class Survey:
     @cached_property
     def batches(self) -> BatchFill | None:
         """How an epoch fills its batches; None where nothing trains."""
-        material = self.material
-        return measure_batch_fill(self.train.lengths, material.config, material.batching)
+        material, side = self.material, self.train
+        reader = material.readers.of(self.accounts[0].opened)
+        sequences = 2 if isinstance(reader, ReplyReader) and reader.compares else 1
+        return measure_batch_fill(
+            side.lengths, material.config, material.batching, side.tokens, sequences
+        )
 
     @cached_property
     def warnings(self) -> list[RunWarning]:
@@ -336,10 +352,22 @@ class Survey:
                 account.add(row)
                 stops = row.outcome.state == RowState.STOPS
                 self._policy.note(row.place, row.outcome.problem if stops else None)
-            if isinstance(reader, ConversationReader) and self._chat is not None:
-                self._chat.check(rows)
-                self.comparison.compare(reader, self._chat.reference, rows, sample)
+            self._compare(account.opened, reader, rows, sample)
             advance(len(rows))
+
+    def _compare(
+        self, opened: OpenedSource, reader: RowReader, rows: list[InspectedRow], sample: RowSample
+    ) -> None:
+        """Check conversations, also those of compared replies, against rules and transformers."""
+        if self._chat is None or not isinstance(reader, ConversationReader | ReplyReader):
+            return
+        chats = rows
+        if isinstance(reader, ReplyReader):
+            chats = [reply for row in rows for reply in row.replies]
+            self.comparison.boundaries.unit = "replies"
+        self._chat.check(chats)
+        conversations = self.material.readers.conversations(opened)
+        self.comparison.compare(conversations, self._chat.reference, chats, sample)
 
     def unread_keys(self, account: RowOutcomes) -> dict[str, int]:
         """Return the keys of messages that neither luthier nor the template reads."""
@@ -361,7 +389,9 @@ class _Chat:
     def __init__(self, material: LoadedDataset, opened: OpenedSource) -> None:
         """`opened`: one of the sources, for what all of them share."""
         self.encoder = encoder = material.readers.conversations(opened).encoder
-        self.rules = SequenceRules(encoder, material.tokenizer)
+        # A score of the whole conversation trains no token of it.
+        trains_tokens = METHODS[material.config.trainer.base_method].task == "CAUSAL_LM"
+        self.rules = SequenceRules(encoder, material.tokenizer, trains_tokens)
         self.template = encoder.settings()["template"]
         template = material.config.chat.template
         self.reference = TransformersPrompts(material.tokenizer, encoder, template)
@@ -374,4 +404,4 @@ class _Chat:
 
 
 def _is_chat(opened: OpenedSource) -> bool:
-    return opened.row_format.example_type == "conversation"
+    return opened.row_format.example_type in ("conversation", "preference", "unpaired")

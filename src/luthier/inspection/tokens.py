@@ -10,7 +10,8 @@ from luthier.chat import IGNORED, ChatSequence
 from luthier.data.encoders.chat import RowState
 from luthier.data.examples import OpenedSource
 from luthier.data.images.reader import ImageRef, ReadImage
-from luthier.inspection.dataset import InspectedRow, LoadedDataset, describe_cut
+from luthier.inspection.dataset import LoadedDataset
+from luthier.inspection.readers import TIED, InspectedRow, RowPart
 from luthier.inspection.statistics import SelectedRows, read_examples
 
 TokenKind = Literal["trained", "context", "control"]
@@ -29,6 +30,8 @@ class Token:
     role: str | None = None
     message: int | None = None
     field: str | None = None
+    tag: str | None = None
+    """The tag that trains at this token; None where rows have no tags, or the token has none."""
 
     @property
     def origin(self) -> str:
@@ -81,15 +84,28 @@ class DisplayedSequence:
     row: int
     place: str
     part: int
-    """Which sequence of its row it is, from 1."""
+    """Which sequence, or part, of its row it is, from 1."""
     parts: int
-    """How many sequences the row makes."""
+    """How many sequences the row makes, or parts it has."""
     tokens: list[Token]
     notes: list[str]
     """What is to be known of its row: the reason where it does not train, turns that were cut."""
     padding: int = 0
     images: list[DisplayedImage] = field(default_factory=list)
     """Its images, in the order of their tokens."""
+    name: str | None = None
+    """What it is called as a part of its row, such as `chosen`; None for a whole sequence."""
+    behind: int = 0
+    """Tokens that stand before it in its sequence, and are displayed as another part."""
+    is_padded: bool = True
+    """Whether a batch pads it; a prompt without its reply is not."""
+    remark: str = ""
+    """What trains in place of its tokens."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether a new row begins with it, or a new sequence of one."""
+        return self.name is None or self.part == 1
 
     @property
     def pieces(self) -> Iterator[Token | DisplayedImage]:
@@ -104,6 +120,8 @@ class DisplayedSequence:
     @property
     def heading(self) -> str:
         """The row and, where it makes several, which of its sequences."""
+        if self.name is not None:
+            return f"row {self.row}{f', {self.name}' if self.name else ''}"
         several = f", sequence {self.part} of {self.parts}" if self.parts > 1 else ""
         return f"row {self.row}{several}"
 
@@ -117,12 +135,15 @@ class DisplayedSequence:
         """The numbers of tokens in words."""
         if not self.tokens:
             return "no tokens"
-        share = self.trained / len(self.tokens)
-        padding = f", {self.padding} padding" if self.padding else ""
-        return (
-            f"{len(self.tokens)} tokens, {self.trained} trained ({share:.0%})"
-            f"{self._image_counts}{padding}"
-        )
+        count = len(self.tokens)
+        counts = f"{count:,} {'token' if count == 1 else 'tokens'}"
+        # Nothing of a prompt or of a text with a label trains, which says nothing of its row.
+        if self.name is None or self.trained:
+            counts += f", {self.trained:,} trained ({self.trained / count:.0%})"
+        counts += self._image_counts
+        counts += f", {self.behind + count:,} with the prompt" if self.behind else ""
+        counts += f", {self.padding:,} padding" if self.padding else ""
+        return counts + (f"; {self.remark}" if self.remark else "")
 
     @property
     def _image_counts(self) -> str:
@@ -133,25 +154,37 @@ class DisplayedSequence:
 
 
 def describe_tokens(
-    sequence: ChatSequence, controls: set[int], text_of: Callable[[int], str]
+    sequence: ChatSequence,
+    controls: set[int],
+    text_of: Callable[[int], str],
+    tags: Sequence[str | None] = (),
 ) -> list[Token]:
     """Return the tokens of a sequence, each with its part in training and its origin.
 
     `controls` are the ids of tokens added to the plain vocabulary. One of them that also trains,
-    such as the stop token of a reply, is of kind `control` with `trained` set.
+    such as the stop token of a reply, is of kind `control` with `trained` set. `tags`: the tag of
+    each token, where words have tags.
     """
-    return [
+    tokens = [
         Token(id_, text_of(id_), _token_kind(id_ in controls, label), label != IGNORED, *origin)
         for id_, label, origin in zip(
             sequence.input_ids, sequence.labels, _origins(sequence), strict=True
         )
     ]
+    if not tags:
+        return tokens
+    return [replace(token, tag=tag) for token, tag in zip(tokens, tags, strict=True)]
 
 
 def pad_rows(rows: Sequence[DisplayedSequence]) -> list[DisplayedSequence]:
     """The rows as one batch of them: filled up on the right to the longest."""
-    width = max(len(row.tokens) for row in rows)
-    return [replace(row, padding=width - len(row.tokens)) if row.tokens else row for row in rows]
+    width = max(row.behind + len(row.tokens) for row in rows)
+    return [
+        replace(row, padding=width - row.behind - len(row.tokens))
+        if row.tokens and row.is_padded
+        else row
+        for row in rows
+    ]
 
 
 def token_decoder(tokenizer: Any) -> Callable[[int], str]:
@@ -216,20 +249,11 @@ def view_rows(
     text_of = token_decoder(material.tokenizer)
     controls = set(material.tokenizer.added_tokens_decoder)
     rows = [
-        DisplayedSequence(
-            number + 1,
-            row.place,
-            part,
-            max(len(row.sequences), 1),
-            tokens,
-            describe_outcome(row),
-            images=_images(sequence, tokens, read_images),
-        )
+        sequence
         for number, (row, read_images) in zip(
             numbers, _rows(material, chosen, numbers), strict=True
         )
-        for part, sequence in enumerate(row.sequences or [None], start=1)
-        for tokens in [describe_tokens(sequence, controls, text_of) if sequence else []]
+        for sequence in display_row(number + 1, row, controls, text_of, read_images)
     ]
     pad: int = material.tokenizer.pad_token_id
     total = sum(len(positions) for _, positions in chosen)
@@ -241,13 +265,50 @@ def view_rows(
     return TokenView(pad_rows(rows), text_of(pad), pad, settings.boundaries, about)
 
 
-_RowImage = tuple[ReadImage, ReadBytes]
+RowImage = tuple[ImageRef, ReadBytes]
 """An image of a row, and what reads its bytes."""
+
+
+def display_row(
+    number: int,
+    row: InspectedRow,
+    controls: set[int],
+    text_of: Callable[[int], str],
+    row_images: Sequence[RowImage],
+) -> list[DisplayedSequence]:
+    """Return what is displayed of a row: its sequences or parts, or why it has none.
+
+    `number`: the row's, from 1; `row_images`: its images, in the order of their parts.
+    """
+    nameless = [(None, RowPart("", sequence)) for sequence in row.sequences]
+    parts = [(part.name, part) for part in row.parts] or nameless
+    notes = describe_outcome(row)
+    if not parts:
+        return [DisplayedSequence(number, row.place, 1, 1, [], notes)]
+    displayed = []
+    for position, (name, part) in enumerate(parts, start=1):
+        tokens = describe_tokens(part.sequence, controls, text_of, part.tags)
+        displayed.append(
+            DisplayedSequence(
+                number,
+                row.place,
+                position,
+                len(parts),
+                tokens,
+                notes if name is None or position == 1 else [],
+                images=_images(part.sequence, tokens, row_images),
+                name=name,
+                behind=part.behind,
+                is_padded=part.is_padded,
+                remark=part.remark,
+            )
+        )
+    return displayed
 
 
 def _rows(
     material: LoadedDataset, chosen: SelectedRows, numbers: range
-) -> Iterator[tuple[InspectedRow, list[_RowImage]]]:
+) -> Iterator[tuple[InspectedRow, list[RowImage]]]:
     """The rows of these numbers with their images, from one source after the other."""
     start = 0
     for opened, positions in chosen:
@@ -256,7 +317,7 @@ def _rows(
             examples = [*read_examples(opened, positions[inside])]
             rows = material.readers.of(opened).rows([example.row for example in examples])
             for row, example in zip(rows, examples, strict=True):
-                yield row, [(image, _bytes_reader(opened, image)) for image in example.images]
+                yield row, [(image.ref, _bytes_reader(opened, image)) for image in example.images]
         start += len(positions)
 
 
@@ -265,13 +326,13 @@ def _bytes_reader(opened: OpenedSource, image: ReadImage) -> ReadBytes:
 
 
 def _images(
-    sequence: ChatSequence | None, tokens: list[Token], row_images: list[_RowImage]
+    sequence: ChatSequence, tokens: list[Token], row_images: Sequence[RowImage]
 ) -> list[DisplayedImage]:
     """Return the images of a sequence; `row_images` are those of its row."""
     images = []
-    for number, start, stop in sequence.images if sequence else ():
-        image, read = row_images[number]
-        images.append(DisplayedImage(number, start, tokens[start:stop], image.ref, read))
+    for number, start, stop in sequence.images:
+        ref, read = row_images[number]
+        images.append(DisplayedImage(number, start, tokens[start:stop], ref, read))
     return images
 
 
@@ -281,11 +342,13 @@ def _span(numbers: range) -> str:
 
 
 def describe_outcome(row: InspectedRow) -> list[str]:
-    """Return what is to be known of a row: the reason where it does not train, and what was cut."""
+    """Return what is to be known of a row: why it does not train, what was cut, what it lacks."""
     notes = []
     outcome = row.outcome
     if outcome.state != RowState.TRAINS:
         notes.append(f"{_OUTCOMES[outcome.state]}: {outcome.problem}")
-    if outcome.cut_turns is not None:
-        notes.append(f"cut to fit chat.max_length: {describe_cut(outcome.cut_turns)}")
+    if row.cut:
+        notes.append(f"cut to fit chat.max_length: {row.cut}")
+    if row.is_tied:
+        notes.append(f"no preference: {TIED}")
     return notes

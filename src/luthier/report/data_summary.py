@@ -4,7 +4,8 @@ It is written when the data is ready, so that a report needs neither the dataset
 """
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,25 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.token_rows import IGNORE_INDEX, TokenRows
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.encode_source import EncodedSource
 from luthier.data.examples import LocatedExample
 from luthier.data.formats.image_parts import image_parts
 from luthier.data.images.decode import decode_image
+from luthier.data.images.reader import ImageRef
 from luthier.data.prepare import PreparedData
 from luthier.data.rows import RowError
 from luthier.errors import UserError
 from luthier.inspection.batch_fill import histogram, quantiles
-from luthier.inspection.dataset import Readers, shorten_location
+from luthier.inspection.readers import Readers
 from luthier.inspection.render import THUMBNAIL_PIXELS
 from luthier.inspection.tokens import (
     DisplayedImage,
+    DisplayedSequence,
+    RowImage,
     Token,
     TokenKind,
-    describe_outcome,
-    describe_tokens,
+    display_row,
     token_decoder,
 )
 from luthier.model.tokenizer import end_token_ids
@@ -46,8 +49,11 @@ MAX_TOKENS = 1200
 """Tokens of a sequence that are shown; of a longer one these are its first and its last."""
 _LAST_TOKENS = 400
 _MAX_IMAGES = 6
-_READ_BY_ENCODERS = ("conversation", "text")
-"""Types of examples that `Readers` makes sequences of; others are shown as they are stored."""
+
+
+_StoredToken = tuple[int, str, TokenKind, bool, str | None, int | None, str | None]
+"""The fields of `Token`, without its tag."""
+_StoredTaggedToken = tuple[int, str, TokenKind, bool, str | None, int | None, str | None, str]
 
 
 class StoredImage(BaseModel):
@@ -65,7 +71,10 @@ class StoredImage(BaseModel):
 
 
 class StoredRow(BaseModel):
-    """One sequence as `luthier preview` shows it, with its middle left out where it is long."""
+    """One sequence, or part, of a row as `luthier preview` shows it.
+
+    Its middle is left out where it is long. A further part of a row has no place.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -73,8 +82,7 @@ class StoredRow(BaseModel):
     place: str
     counts: str
     notes: list[str] = []
-    tokens: list[tuple[int, str, TokenKind, bool, str | None, int | None, str | None]]
-    """The fields of `Token` for each token."""
+    tokens: list[_StoredToken | _StoredTaggedToken]
     left_out_at: int = 0
     left_out: int = 0
     """So many tokens are left out before the token of the number `left_out_at`."""
@@ -150,43 +158,24 @@ def read_data_summary(folder: Path) -> DataSummary:
 
 
 def _sample_rows(config: RunConfig, prepared: PreparedData, tokenizer: Any) -> Iterator[StoredRow]:
-    """Yield the first rows of each source, each sequence as its tokens."""
+    """Yield the first rows of each source, each sequence or part as its tokens."""
     text_of, controls = token_decoder(tokenizer), set(tokenizer.added_tokens_decoder)
     readers = Readers(tokenizer, config, end_token_ids(config.model))
     number = 0
     for source, rows in _first_rows(prepared):
         for row in rows:
             number += 1
-            heading = f"row {number}"
-            place = shorten_location(source.locations([row])[0])
-            if source.opened.row_format.example_type in _READ_BY_ENCODERS:
-                located = LocatedExample(source.examples([row])[0], place, {})
-                (inspected,) = readers.of(source.opened).rows([located])
-                notes = describe_outcome(inspected)
-                count = len(inspected.sequences)
-                for part, sequence in enumerate(inspected.sequences[:_ROWS], start=1):
-                    several = f", sequence {part} of {count}" if count > 1 else ""
-                    tokens = describe_tokens(sequence, controls, text_of)
-                    images = [
-                        _store_image(source, located, image, start, stop)
-                        for image, start, stop in sequence.images[:_MAX_IMAGES]
-                    ]
-                    yield _store_row(heading + several, place, notes, tokens, images)
-            else:
-                (first,) = source.sequences_of(np.array([row]))[:1]
-                stored = source.tokens.row(int(first))
-                for suffix, columns in _split_columns(stored):
-                    tokens = [
-                        Token(
-                            int(id_),
-                            text_of(int(id_)),
-                            "control" if id_ in controls else "trained" if trains else "context",
-                            bool(trains),
-                            field=field,
-                        )
-                        for id_, trains, field in columns
-                    ]
-                    yield _store_row(heading + suffix, place, [], tokens, [])
+            example = source.examples([row])[0]
+            located = LocatedExample(example, source.locations([row])[0], {})
+            (inspected,) = readers.of(source.opened).rows([located])
+            images = [_row_image(source, part["image"]) for part in image_parts(example)]
+            displayed = display_row(number, inspected, controls, text_of, images)
+            yield from map(_store_row, displayed[:_ROWS])
+
+
+def _row_image(source: EncodedSource, ref: ImageRef) -> RowImage:
+    """Return an image of a row, and what reads its bytes."""
+    return ref, partial(source.images.read_reference, ref)
 
 
 def _first_rows(prepared: PreparedData) -> Iterator[tuple[EncodedSource, list[int]]]:
@@ -205,92 +194,59 @@ def _first_rows(prepared: PreparedData) -> Iterator[tuple[EncodedSource, list[in
         start = stop
 
 
-_Column = Iterator[tuple[int, bool, str]]
-"""Each token's id, whether it trains, and what it belongs to."""
-
-
-def _split_columns(row: Mapping[str, Any]) -> Iterator[tuple[str, _Column]]:
-    """Yield the sequences that a stored row of any method stands for, with what each is called."""
-    prompt = row.get("prompt_ids", ())
-    for name in ("chosen", "rejected", "completion"):
-        if f"{name}_ids" not in row:
-            continue
-        called = f", {name}"
-        if name == "completion":
-            called = ", a good reply" if row["label"] else ", a bad reply"
-        yield called, _reply(prompt, row[f"{name}_ids"], row.get(f"{name}_spans", ()), name)
-    if "input_ids" not in row:
-        return
-    ids, labels = row["input_ids"], row.get("labels")
-    if labels is None:
-        called = f", class {row['label']}" if np.ndim(row.get("label", ())) == 0 else ""
-        yield called, ((id_, False, "text") for id_ in ids)
-    elif len(labels) == len(ids) and np.any(labels == IGNORE_INDEX):
-        trained = (label != IGNORE_INDEX for label in labels)
-        yield "", ((id_, trains, "text") for id_, trains in zip(ids, trained, strict=True))
-    else:
-        yield ", source", ((id_, False, "source") for id_ in ids)
-        yield ", target", ((id_, True, "target") for id_ in labels if id_ != IGNORE_INDEX)
-
-
-def _reply(prompt: Sequence[int], ids: Sequence[int], spans: Sequence[int], name: str) -> _Column:
-    """Yield a prompt and the reply behind it."""
-    yield from ((id_, False, "prompt") for id_ in prompt)
-    trained = {n for begin, end in zip(spans[::2], spans[1::2], strict=True)
-               for n in range(begin, end)}  # fmt: skip
-    yield from ((id_, number in trained, name) for number, id_ in enumerate(ids))
-
-
-def _store_row(
-    heading: str, place: str, notes: list[str], tokens: list[Token], images: list[StoredImage]
-) -> StoredRow:
+def _store_row(sequence: DisplayedSequence) -> StoredRow:
     """Return a sequence for the file, without its middle where it is long.
 
     One that holds a secret has no tokens, which would hide it from what looks for secrets.
     """
+    tokens, place = sequence.tokens, sequence.place if sequence.is_first else ""
     text = "".join(token.text for token in tokens)
     if redact_text(text) != text:
         return StoredRow(
-            heading=heading, place=place, counts=f"{len(tokens):,} tokens", tokens=[],
+            heading=sequence.heading, place=place, counts=f"{len(tokens):,} tokens", tokens=[],
             notes=["not shown: it holds what looks like a secret"],
         )  # fmt: skip
-    trained = sum(token.trained for token in tokens)
-    counts = f"{len(tokens):,} tokens"
-    # Scores and classes train on whole sequences, and on none of their tokens.
-    counts += f", {trained:,} trained ({trained / len(tokens):.0%})" if trained else ""
     left_out = max(len(tokens) - MAX_TOKENS, 0)
     at = MAX_TOKENS - _LAST_TOKENS
     shown = tokens[:at] + tokens[at + left_out :] if left_out else tokens
+    images = sequence.images[:_MAX_IMAGES]
     return StoredRow(
-        heading=heading,
+        heading=sequence.heading,
         place=place,
-        counts=counts,
-        notes=notes,
-        tokens=[tuple(vars(token).values()) for token in shown],
+        counts=sequence.counts,
+        notes=sequence.notes,
+        tokens=[_store_token(token) for token in shown],
         left_out_at=at if left_out else 0,
         left_out=left_out,
-        images=[image for image in images if not left_out or image.start + image.tokens <= at],
+        images=[
+            _store_image(image)
+            for image in images
+            if not left_out or image.start + len(image.tokens) <= at
+        ],
     )
 
 
-def _store_image(
-    source: EncodedSource, row: LocatedExample, number: int, start: int, stop: int
-) -> StoredImage:
+def _store_token(token: Token) -> tuple[Any, ...]:
+    """Return the fields of a token; few have a tag, which stands last."""
+    values = tuple(vars(token).values())
+    return values[:-1] if token.tag is None else values
+
+
+def _store_image(image: DisplayedImage) -> StoredImage:
     """Return an image for the file, with a small copy of it."""
-    ref = [*image_parts(row.example)][number]["image"]
     file = BytesIO()
     try:
-        picture = decode_image(source.images.read_reference(ref))
+        picture = decode_image(image.read())
         picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
         picture.save(file, "png" if max(picture.size) < THUMBNAIL_PIXELS else "jpeg")
     except (RowError, UserError, OSError):
         file = BytesIO()
     return StoredImage(
-        start=start,
-        tokens=stop - start,
-        width=ref["width"],
-        height=ref["height"],
-        source=str(ref["source"]),
+        start=image.start,
+        tokens=len(image.tokens),
+        width=image.ref["width"],
+        height=image.ref["height"],
+        source=str(image.ref["source"]),
         picture=b64encode(file.getvalue()).decode(),
     )
 

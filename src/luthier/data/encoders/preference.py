@@ -25,6 +25,7 @@ from luthier.data.encoders.chat import (
     IMAGES_COLUMN,
     ConversationEncoder,
     EncodedRows,
+    RowOutcome,
     RowProblem,
     image_digests,
     row_outcome,
@@ -43,8 +44,13 @@ class EncodedReply(NamedTuple):
     spans: list[int]
     """Where each trained stretch of `ids` starts and stops, one after the other: a reply of several
     turns has text between them that is not the model's."""
-    whole: list[int]
+    sequence: ChatSequence
     """The conversation from its first token to its last, as the template writes it."""
+
+    @property
+    def whole(self) -> list[int]:
+        """The ids of the conversation."""
+        return self.sequence.input_ids
 
     @property
     def trained(self) -> int:
@@ -62,10 +68,17 @@ class ComparedReplies:
     """What is wrong with it, also where it is kept."""
     images: bytes = b""
     """The SHA-256 of each image of the prompt, one behind the other."""
-    is_cut: bool = False
+    prompt_messages: list[int] | None = None
+    """The numbers of the prompt's messages that were kept to fit the length; None for all."""
 
     def __bool__(self) -> bool:
         return bool(self.replies)
+
+    def outcome(self, rows: int) -> RowOutcome:
+        """Return what becomes of the example, which makes so many token rows."""
+        # No turn of a prompt trains, so none is lost.
+        cut_turns = None if self.prompt_messages is None else 0
+        return row_outcome(rows, self.problem, cut_turns)
 
 
 class ReplyEncoder:
@@ -116,13 +129,17 @@ class ReplyEncoder:
             compared.append(judged)
         return compared
 
+    def conversations(self, example: Example) -> list[dict[str, Any]]:
+        """The conversation with each reply of an example, in which nothing else trains."""
+        train_on = self._chat.train_on
+        roles = {"assistant"} if isinstance(train_on, str) else set(train_on)
+        return [_conversation(example, name, roles) for name in self._names]
+
     def _judged(self, examples: Sequence[Example]) -> Iterator[ComparedReplies]:
         """The replies of each example, however long."""
         count = len(self._names)
-        train_on = self._chat.train_on
-        roles = {"assistant"} if isinstance(train_on, str) else set(train_on)
         conversations = [
-            _conversation(example, name, roles) for example in examples for name in self._names
+            conversation for example in examples for conversation in self.conversations(example)
         ]
         try:
             batch = self._chat.encode_batch(conversations)
@@ -190,17 +207,18 @@ class ReplyEncoder:
         best = ComparedReplies(
             problem=("too long", f"{description}; no whole turns of its prompt can be removed")
         )
-        prompts = _shortened_prompts(example)
-        low, high = 0, len(prompts)
+        kept_messages = _shorten_prompt(example)
+        low, high = 0, len(kept_messages)
         while low < high:
             middle = (low + high) // 2
+            prompt = [example["prompt"][message] for message in kept_messages[middle]]
             try:
-                (tried,) = self._judged([{**example, "prompt": prompts[middle]}])
+                (tried,) = self._judged([{**example, "prompt": prompt}])
             except ChatError as error:
                 raise error.in_row(number) from error
             if tried and not self._is_long(tried):
                 best, high = tried, middle
-                best.is_cut = True
+                best.prompt_messages = kept_messages[middle]
             else:
                 low = middle + 1
         return best
@@ -218,16 +236,18 @@ def _conversation(example: Mapping[str, Any], name: str, roles: set[str]) -> dic
 def _reply(sequence: ChatSequence) -> EncodedReply:
     begin, stop = sequence.replies[0].start, sequence.replies[-1].stop
     spans = [place - begin for _, *places in sequence.replies for place in places]
-    return EncodedReply(sequence.input_ids[begin:stop], spans, sequence.input_ids)
+    return EncodedReply(sequence.input_ids[begin:stop], spans, sequence)
 
 
-def _shortened_prompts(example: Mapping[str, Any]) -> list[Messages]:
-    """The prompt without its first turn, without its first two, ...; a user's turn stays."""
+def _shorten_prompt(example: Mapping[str, Any]) -> list[list[int]]:
+    """The messages of the prompt without its first turn, without its first two, ..., by number.
+
+    A user's turn stays.
+    """
     prompt: Messages = example["prompt"]
     conversation = read_conversation(prompt, image_part=IMAGE_PART)
     starts = turn_starts(conversation, len(prompt))
-    shortened = (drop_front(conversation, start).numbers for start in starts)
-    return [[prompt[number] for number in numbers] for numbers in shortened]
+    return [[*drop_front(conversation, start).numbers] for start in starts]
 
 
 def _rewritten_reply_problem(name: str) -> RowProblem:
@@ -286,7 +306,7 @@ class PreferenceRowEncoder:
 
         Raises ChatError, with the example's number, for one that is neither dropped nor kept.
         """
-        compared = self._replies.encode(examples)
+        compared = self.compare(examples)
         rows = [
             self.rows(example, replies) if replies else []
             for example, replies in zip(examples, compared, strict=True)
@@ -297,12 +317,16 @@ class PreferenceRowEncoder:
                     values[IMAGES_COLUMN] = replies.images
         return EncodedRows(
             _columns(chain.from_iterable(rows)),
-            [
-                # No turn of a prompt trains, so none is lost.
-                row_outcome(len(values), replies.problem, 0 if replies.is_cut else None)
-                for values, replies in zip(rows, compared, strict=True)
-            ],
+            [replies.outcome(len(values)) for values, replies in zip(rows, compared, strict=True)],
         )
+
+    def compare(self, examples: Sequence[Example]) -> list[ComparedReplies]:
+        """The replies of each example, cut as configured; ChatError as `encode` raises it."""
+        return self._replies.encode(examples)
+
+    def conversations(self, example: Example) -> list[dict[str, Any]]:
+        """The conversation with each reply of an example, in the order of `names`."""
+        return self._replies.conversations(example)
 
     def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
         """The rows that an example makes: one value for each column."""
@@ -387,6 +411,17 @@ class RewardEncoder(PreferenceRowEncoder):
         whole = [reply.whole for reply in judged.replies]
         named = {f"{name}_ids": ids for name, ids in zip(self.names, whole, strict=True)}
         return [named | _sizes(1, [*map(len, whole)])]
+
+
+PREFERENCE_ENCODERS: Mapping[tuple[str, str], type[PreferenceRowEncoder]] = {
+    ("dpo", "preference"): PreferenceEncoder,
+    ("orpo", "preference"): PreferenceEncoder,
+    ("cpo", "preference"): PreferenceEncoder,
+    ("kto", "preference"): PairSplittingEncoder,
+    ("kto", "unpaired"): UnpairedEncoder,
+    ("reward", "preference"): RewardEncoder,
+}
+"""The encoder of each method of preferences and type of examples."""
 
 
 def _sizes(trained: int, lengths: list[int]) -> Values:

@@ -18,12 +18,7 @@ from luthier.data.encoders.chat import (
     RowEncoder,
     TextEncoder,
 )
-from luthier.data.encoders.preference import (
-    PairSplittingEncoder,
-    PreferenceEncoder,
-    RewardEncoder,
-    UnpairedEncoder,
-)
+from luthier.data.encoders.preference import PREFERENCE_ENCODERS
 from luthier.data.encoders.prompts import PromptEncoder, max_prompt_tokens
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.data.examples import format_key
@@ -111,16 +106,16 @@ def _make_sft_encoder(
     return ConversationEncoder(tokenizer, _chat_settings(config, source), images)
 
 
-def _make_kto_encoder(
+def _make_preference_encoder(
     config: RunConfig,
     tokenizer: Any,
     row_format: str,
     source: SourceConfig,
     images: ImageExpander | None,
 ) -> RowEncoder:
-    """Replies behind the ids that generation starts from; of a pair, each by itself."""
-    encoder_class = UnpairedEncoder if row_format == "unpaired" else PairSplittingEncoder
-    return encoder_class(tokenizer, _chat_settings(config, source))
+    """Replies behind the ids that generation starts from, or whole conversations for a score."""
+    encoder_class = PREFERENCE_ENCODERS[config.trainer.base_method, row_format]
+    return encoder_class(tokenizer, _chat_settings(config, source), images)
 
 
 def _make_prompt_encoder(
@@ -135,13 +130,6 @@ def _make_prompt_encoder(
     tools = load_tools(config)
     schemas = None if tools is None else tools.schemas or None
     return PromptEncoder(tokenizer, chat, max_prompt_tokens(config), schemas)
-
-
-def _chat_constructor(encoder_class: Callable[..., RowEncoder]) -> EncoderConstructor:
-    """A constructor of an encoder that takes the settings of the chat encoder."""
-    return lambda config, tokenizer, row_format, source, images: encoder_class(
-        tokenizer, _chat_settings(config, source), images
-    )
 
 
 def _task_constructor(encoder_class: Callable[..., RowEncoder]) -> EncoderConstructor:
@@ -166,11 +154,11 @@ def _make_target_encoder(
 ENCODER_FACTORIES: Mapping[str, EncoderConstructor] = {
     "sft": _make_sft_encoder,
     "pretrain": _make_sft_encoder,
-    "dpo": _chat_constructor(PreferenceEncoder),
-    "kto": _make_kto_encoder,
-    "orpo": _chat_constructor(PreferenceEncoder),
-    "cpo": _chat_constructor(PreferenceEncoder),
-    "reward": _chat_constructor(RewardEncoder),
+    "dpo": _make_preference_encoder,
+    "kto": _make_preference_encoder,
+    "orpo": _make_preference_encoder,
+    "cpo": _make_preference_encoder,
+    "reward": _make_preference_encoder,
     "classify": _task_constructor(ClassificationEncoder),
     "tag": _task_constructor(TaggingEncoder),
     "seq2seq": _make_target_encoder,
