@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from helpers.outcome_rows import LUTE, STRINGS
+from helpers.outcome_rows import LUTE, STRINGS, TRIMMING
 
 PROMPT = "|What| is| a| lute|?|{<|im_end|>}|↵\n|{<|im_start|>}|ass|istant|↵\n"
 PAIR = {"prompt": "What is a lute?", "chosen": "A plucked instrument.", "rejected": "No."}
@@ -43,8 +43,8 @@ MARKED = {
         "row 1  rows.jsonl:1  4 tokens, 2 trained (50%)", "«H=B-PER»|ug|o|« sings=O»",
     ]),
     "target": ("seq2seq", {"source": "A lute.", "target": "A lyre."}, [
-        "row 1, source  rows.jsonl:1  4 tokens", "A| l|ute|.",
-        "row 1, target  4 tokens, 4 trained (100%)",
+        "row 1, source  rows.jsonl:1  3 tokens", "A| lute|.",
+        "row 1, target  5 tokens, 5 trained (100%)", "«A| ly|re|.|{<|im_end|>}»",
     ]),
 }  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_what_is_displayed_is_what_trains(method, row, on_rows, tmp_path):
     config = load_config([*words, f"dataset.cache={tmp_path / 'cache'}"]).config
     tokenizer = load_tokenizer(config.model)
     rows = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, 1).train
-    stored = [pair for n in range(len(rows)) for pair in stored_sequences(rows[n])]
+    stored = [pair for n in rows.index for pair in stored_sequences(rows.table.row(n))]
     assert stored and [*displayed_sequences(json.loads(out)["rows"])] == stored
 
 
@@ -141,7 +141,7 @@ def test_json_says_where_tokens_are_from(method, row, words, origins, on_rows):
 STATES = {
     "dropped": (
         "dpo", {**PAIR, "chosen": "word " * 90}, ["chat.max_length=60"],
-        "dropped: it has 126 tokens, and chat.max_length is 60; no whole turns of its prompt can",
+        "dropped: it has 127 tokens, and chat.max_length is 60; no whole turns of its prompt can",
     ),
     "cut": (
         "dpo", {"prompt": LONG, "chosen": "Strings.", "rejected": "No."}, ["chat.max_length=64"],
@@ -156,14 +156,15 @@ STATES = {
         "cut to fit chat.max_length: the end of its text was removed",
     ),
     "no preference": (
-        "orpo", {**PAIR, "rejected": " A plucked instrument. "}, [],
+        "orpo", {**PAIR, "rejected": " A plucked instrument. "}, ["chat.template=trim.jinja"],
         "no preference: chosen and rejected are the same tokens",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("method, row, words, said", STATES.values(), ids=STATES)
-def test_what_becomes_of_a_row(method, row, words, said, on_rows):
+def test_what_becomes_of_a_row(method, row, words, said, on_rows, tmp_path):
+    (tmp_path / "trim.jinja").write_text(TRIMMING)
     code, out, _ = on_rows("preview", [row], f"trainer={method}", *words)
     assert code == 0 and said in out
 

@@ -1,11 +1,12 @@
 """`luthier check` on datasets of several sources: mixture, equal rows, sides, texts, pictures."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from helpers.outcome_rows import LUTE, ROWS, STRINGS
+from helpers.outcome_rows import LUTE, ROWS, STRINGS, TRIMMING
 
 BASE = ["model=smollm2_135m", "dataset.eval.share=null", "trainer.args.eval_strategy=no"]
 ONE = [*BASE, "dataset=jsonl", "dataset.path=a.jsonl"]
@@ -154,7 +155,7 @@ PAIRS = [
 ]
 SHORT = ["chat.max_length=60", "chat.empty_replies=drop"]
 VERDICTS = [
-    {"prompt": f"What is {n}?", "completion": "word " * (20 * n), "label": n % 3 > 0}
+    {"prompt": f"What is {n}?", "completion": "word " * (5 * n), "label": n % 3 > 0}
     for n in range(6)
 ]
 CLASSES = [{"text": "lute " * n, "label": ("good", "bad", "so-so")[n % 3]} for n in range(12)]
@@ -273,13 +274,13 @@ FINDINGS = {
         {},
     ),
     "a pair without a preference": (
-        ["trainer=dpo"],
+        ["trainer=dpo", "chat.template=trim.jinja"],
         [*PAIRS[:2], {"prompt": "Why?", "chosen": "Because.", "rejected": " Because."}],
         {("tied", "chosen and rejected are the same tokens")},
         {},
     ),
     "verdicts": (["trainer=kto", "chat.empty_replies=drop"], VERDICTS,
-                 {("dropped", "empty reply")}, {"good": 3, "bad": 2}),
+                 {("dropped", "empty reply")}, {"good": 4, "bad": 1}),
     "pairs, each reply by itself": (["trainer=kto"], PAIRS[:4], set(), {"good": 4, "bad": 4}),
     "a score": (["trainer=reward"], PAIRS[:4], set(), {}),
     "labels": (
@@ -306,7 +307,8 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", FINDINGS)
-def test_what_is_found_in_rows_of_other_methods(name, check):
+def test_what_is_found_in_rows_of_other_methods(name, check, tmp_path):
+    (tmp_path / "trim.jinja").write_text(TRIMMING)
     words, rows, findings, labels = FINDINGS[name]
     code, found = check({"a": rows}, *ONE, *words)
     source = found["sources"]["dataset"]
@@ -322,7 +324,7 @@ def test_the_report_says_what_does_not_apply(check, luthier):
     check({"a": CLASSES}, *words)
     out = luthier("check", *words)[1]
     assert "BOS, stop tokens and prompts are checked in conversations; these rows are texts" in out
-    assert "    bad: 4 (36.4%)\n" in out and "\nlabels              11\n" in out
+    assert "    bad: 4 (36.4%)\n" in out and re.search(r"\nlabels +11\n", out)
     assert "a.jsonl:9: the end of its text was removed" in out
     assert "packing" not in out and "boundaries" not in out
 

@@ -49,7 +49,7 @@ METHODS = {
     "tiny_kto": {"row 1, a good reply": ("«", "<|im_end|>»")},
     "tiny_reward": {"row 1, chosen": ("Of", "<|im_end|>\n")},
     "tiny_classify": {"row 1, label price": ("clarinet", ".")},
-    "tiny_tag": {"row 1": ("ophone« in Vienna.»", "»")},
+    "tiny_tag": {"row 1": ("ophone« in Vienna .»", "»")},
     "tiny_grpo": {"row 1": ("<|im_start|>user\n", "<|im_start|>assistant\n")},
     "tiny_pretrain": {"row 1": ("«", "<|im_end|>»")},
 }
