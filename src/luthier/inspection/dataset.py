@@ -51,7 +51,7 @@ def load_dataset(
 
     `bad_rows`: do not stop at rows that cannot be read. `is_trusted`: recipes may name code that
     is not the user's own. Raises UserError for mistakes in the configuration or the files, before
-    anything large is imported where it can be known, and for rows that the method does not train on.
+    anything large is imported where it can be known, and for rows that the method does not take.
     """
     return open_dataset(load_config(overrides, is_trusted).config, bad_rows)
 
