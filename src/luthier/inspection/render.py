@@ -42,7 +42,8 @@ i.t.c, i.t.c:nth-of-type(even) { background: var(--stop); color: var(--on-stop) 
 i.m img { display: block; max-width: 100%; height: auto; margin: 0 auto 3px; border-radius: 3px }
 .tokens u { text-decoration: none; font-size: .72em; font-weight: 600; margin: 0 5px 0 2px;
   opacity: .75 }
-.row.part { margin-top: -.6rem } .row.part header span { color: var(--soft) }
+section.row.part { margin-top: -.6rem }
+article.row.part { border-top: 0; margin-top: 0; padding-top: .7rem }
 i.m em { color: var(--note); font-style: normal }
 .tokens i:hover { outline: 2px solid var(--c); outline-offset: 1px }
 .tokens b { font-weight: 400; opacity: .4 } .tokens small { display: none }
