@@ -359,6 +359,7 @@ LACKING = {
     "chat.template=/dev/zero": "a pipe or a device",
     "chat.template=broken.jinja": r"not valid Jinja: .*\(line 2\)",
     "lora.target_modules=[q_prog]": r"nothing in the model is named q_prog\. Did you mean q_proj\?",
+    "lora.target_modules=[nope]": r"nothing in the model is named nope\. It has embed_tokens, .*",
     "lora.modules_to_save=[lm_heads]": "nothing in the model is named lm_heads",
     "lora.target_modules=[q_proj] lora.modules_to_save=[lm_head,embed_tokens]": "",
     "model.path=runs/nine": r"there is no such folder. Did you mean runs/mine/nine\?",

@@ -44,10 +44,19 @@ def test_what_is_left_to_correct_is_said(luthier, workplace):
 
 
 def test_mistakes_are_said_in_words(luthier, workplace):
-    code, _, err = luthier("convert", "missing.yml")
-    assert code == 2 and "missing.yml: it cannot be read" in err
-    code, _, err = luthier("convert")
-    assert code == 2 and "takes one file" in err
     workplace("a.yml", yaml.safe_dump(CONFIG))
+    workplace("empty.yml", "")
+    workplace("list.yml", "[1]\n")
+    workplace("folder/a.yml", "")
+    for words, says in (
+        (["b.yml"], "b.yml: there is no such file. Did you mean a.yml?"),
+        (["nowhere/b.yml"], "nowhere/b.yml: there is no such file."),
+        (["folder"], "folder: this is a folder. Name the file of the config."),
+        (["empty.yml"], "empty.yml: it is empty, and no mapping of keys to values"),
+        (["list.yml"], "list.yml: this is not a mapping of keys to values"),
+        ([], "takes one file"),
+    ):
+        code, out, err = luthier("convert", *words)
+        assert (code, out) == (2, "") and says in err and "Errno" not in err
     code, _, err = luthier("convert", "a.yml", "--trainer", "ppo")
     assert code == 2 and "--trainer ppo: write one of sft" in err

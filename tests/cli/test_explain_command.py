@@ -1,13 +1,17 @@
 """`luthier explain` and `luthier schema`: keys, groups, options, and names that are no key."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from luthier.cli.explain import explain
+from luthier.config.json_schema import USER_NAME, config_schema, walk_keys
 from luthier.config.reference import reference_page
+from luthier.errors import UserError
 
 Q = "recipe=quickstart"
 
@@ -49,6 +53,24 @@ ANSWERS = {
         ["load_in_4bit=true"],
         ["another trainer's name", "quantization=nf4."],
     ),
+    "entry of a mapping": (
+        ["dataset.columns.prompt"],
+        ["dataset.columns.prompt is an entry of dataset.columns.", "dataset.columns: a mapping"],
+    ),
+    "entry of any value": (
+        ["dataset.options.delimiter"],
+        ["dataset.options.delimiter is an entry of dataset.options.", "owner    luthier"],
+    ),
+    "entry of a library's mapping": (
+        ["lora.rank_pattern.q_proj"],
+        ["is an entry of lora.rank_pattern.", "owner    peft.LoraConfig"],
+    ),
+    "source": (["dataset.sources.mine"], ["Where rows come from", "dataset.sources.mine.path "]),
+    "group with a dot": (["lora."], ["Options: lora=NAME"]),
+    "comment longer than a line": (
+        ["trainer.args.learning_rate"],
+        ["the highest learning rate; full fine-tuning takes a tenth"],
+    ),
     "renamed key": (["dataset.shape"], ["dataset.shape is called dataset.type now."]),
 }
 
@@ -57,13 +79,16 @@ ANSWERS = {
 def test_an_answer(words, parts, luthier):
     code, out, err = luthier("explain", *words)
     assert (code, err) == (0, "")
-    assert [part for part in parts if part not in out] == []
+    text = f"{out} {' '.join(out.split())}"
+    assert [part for part in parts if part not in text] == []
     # A path can be longer than a line.
     assert max(len(line) for line in out.splitlines() if "/" not in line) <= 100
 
 
 MISTAKES = {
     "nothing": ([], "Name a key first: luthier explain trainer.args.learning_rate"),
+    "dots alone": (["."], "Name a key first: luthier explain trainer.args.learning_rate"),
+    "capitals": (["LoRA.R"], "there is no key LoRA.R. Did you mean lora.r?"),
     "typo": (["chat.max_lenght"], "no key chat.max_lenght. Did you mean chat.max_length?"),
     "typo without a group": (["learnin_rate"], "Did you mean trainer.args.learning_rate?"),
     "no such key": (["zzzz"], "there is no key zzzz. luthier explain GROUP lists the keys"),
@@ -77,6 +102,25 @@ def test_a_mistake(words, says, luthier):
     code, out, err = luthier("explain", *words)
     assert (code, out) == (2, "")
     assert says in err
+
+
+def test_every_key_and_every_entry_below_it_is_explained():
+    answered = []
+    for key, _ in walk_keys(config_schema()):
+        name = key.replace(USER_NAME, "mine")
+        answered.append("\n".join(explain(name)))
+        try:
+            answered.append("\n".join(explain(f"{name}.entry")))
+        except UserError as error:
+            answered.append(str(error))
+    assert len(answered) > 500 and all(answered)
+
+
+@pytest.mark.parametrize("group", ["lora", "trainer", "trainer.args"])
+def test_a_column_of_defaults_does_not_touch_the_names(group):
+    for line in explain(group):
+        if name := re.match(rf"  ({group}\.\w+)(.)", line):
+            assert name[2] == " " or name[2] == ".", line
 
 
 def test_a_secret_of_a_config_is_not_printed(luthier, monkeypatch):

@@ -53,7 +53,7 @@ def test_what_is_odd_is_said_and_left_out(luthier, workplace):
     said = " ".join(out.split())
     assert code == 0
     assert "1 row cannot be read; the recipe leaves it out. The first: rows.jsonl:34: " in said
-    assert "1 row repeats an earlier one (rows.jsonl:31)" in said
+    assert "1 row repeats an earlier one (rows.jsonl:31); the recipe leaves it out." in said
     assert "1 row has an empty reply (rows.jsonl:32); the recipe leaves it out" in said
     assert "the role 'human' (rows.jsonl:33); `user` is most likely meant" in said
     config = load_config(["recipe=rows"]).config
@@ -94,6 +94,15 @@ def test_columns_of_no_format_are_answered_with_the_users_own_names(luthier, wor
     assert columns == {"prompt": "Frage", "completion": "Antwort"}
 
 
+def test_a_table_without_a_header_is_answered_with_one(luthier, workplace):
+    workplace("faq.csv", "Wie alt?,Acht.\nWer?,Anna.\n")
+    code, _, err = luthier("init", "faq.csv", *MODEL)
+    header = "'dataset.options.header=[prompt,completion]'"
+    assert code == 2 and f"If the first line is a row and no header: {header}." in err
+    code, out, err = luthier("init", "faq.csv", header.strip("'"), *MODEL)
+    assert code == 0 and "faq.csv: 2 rows, conversations" in out, err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -103,6 +112,8 @@ def test_columns_of_no_format_are_answered_with_the_users_own_names(luthier, wor
         (["rows.jsonl", "dataset.eval.share=0.1"], "dataset.eval.share: change it in the recipe"),
         (["rows.jsonl", "dataset.colums.prompt=a"], "dataset.colums"),
         (["missing.jsonl"], "missing.jsonl"),
+        (["rows.josnl"], "there is no file rows.josnl. Did you mean rows.jsonl?"),
+        ([""], "takes one file"),
         (["rows.jsonl", "--model", "./none"], "there is no such folder"),
         (["rows.jsonl", "-o", "mine.txt"], "is a .yaml file"),
     ],

@@ -39,6 +39,24 @@ ONE_MISTAKE = {
     "group with a package": (["model@x=hub", Q], ["model@x=hub: there is no such group"]),
     # keys
     "key": ([Q, "chat.max_lenght=3"], ["no such key. Did you mean chat.max_length?"]),
+    "key without its group, misspelt": (
+        [Q, "num_train_epoch=3"],
+        ["no such key. Did you mean trainer.args.num_train_epochs?"],
+    ),
+    "key without its group, in capitals": ([Q, "Num_Train_Epochs=5"], ["num_train_epochs?"]),
+    "other trainer's key, misspelt": (
+        [Q, "squence_len=512"],
+        ["no such key. In luthier it is written chat.max_length=512."],
+    ),
+    "no key at all": ([Q, "zzzz=1"], ["zzzz: there is no such key. Keys here: model, quant"]),
+    "no key, though some are like it": (
+        [Q, "adapter_path=a"],
+        ["no such key. Keys here: model, q"],
+    ),
+    "resume": (
+        [Q, "trainer.args.resume_from_checkpoint=true"],
+        ["is not set here: the same command resumes by itself; remove it."],
+    ),
     "key, far off": ([Q, "chat.zzz=3"], ["chat.zzz: there is no such key. Keys here: template"]),
     "key of no group": ([Q, "modle.path=x"], ["modle: there is no such key. Did you mean model?"]),
     "key, misplaced": ([Q, "max_length=3"], ["max_length: ", "it is written chat.max_length=3."]),
@@ -165,6 +183,9 @@ ONE_MISTAKE = {
     "dropout": ([Q, "lora.lora_dropout=1"], ["must be at least 0 and less than 1"]),
     # the grammar
     "not key=value": ([Q, "foo"], ["foo: not key=value. Write a setting as foo=VALUE."]),
+    "name of a recipe alone": (["quickstart"], ["recipe: quickstart is a recipe. Write recipe=q"]),
+    "a space in place of =": ([Q, "lora.r", "8"], ["lora.r: write it with `=`: lora.r=8."]),
+    "recipe and a space": (["recipe", "quickstart"], ["write it with `=`: recipe=quickstart."]),
     "unreadable": ([Q, "a=b c=["], ["a: [ is opened and not closed", "Write 'a=\"b c=[\"'."]),
     "several values": (
         [Q, "lora.r=8,16"],

@@ -120,7 +120,7 @@ def test_the_table_for_people(on_rows):
         "  rows.jsonl:5: message 1, field `tool_calls`: the chat template does not show",
         "✗ no row stops the training",
         "✓ prompts are those of apply_chat_template",
-        "1 of 5 rules break",
+        "1 of 5 rules is broken",
     ):
         assert said in out
 

@@ -63,7 +63,7 @@ def test_the_script_of_trl_says_the_method(workplace):
         ("a.yaml", "defaults:\n- override /lora: none\ntrainer: {}", "recipe of luthier already"),
         ("a.yaml", "distributed_type: FSDP", "config of accelerate"),
         ("a.yaml", "x: 1\ny: 2", "none of them. Its keys: x, y"),
-        ("a.yaml", "- 1", "no mapping"),
+        ("a.yaml", "- 1", "this is not a mapping of keys to values"),
         ("a.yaml", "a: [", "cannot be read as YAML"),
         ("a.sh", "echo hello", "finds no command"),
         ("a.sh", "axolotl train qlora.yml", "luthier convert qlora.yml"),

@@ -312,9 +312,10 @@ def read_template(template: str) -> str:
     try:
         return _read_template_file(Path(template).expanduser())
     except (OSError, RuntimeError, ValueError) as error:  # an unknown ~user, a null character
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else error
         raise ChatError(
             f"the chat template `{template}` is neither Jinja text nor a file that can be read "
-            f"({error})",
+            f"({why})",
             reason="no template",
         ) from None
 

@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
     if COMMAND_LINE.asks_help(arguments):
         return 0
     words = COMMAND_LINE.parse(arguments).overrides
-    if not words or words[0].startswith("recipe="):
+    if not words or words[0].startswith("recipe=") or not words[0].strip(".=+~"):
         raise UserError("Name a key first: luthier explain trainer.args.learning_rate")
     word, *settings = words
     print("\n".join(explain(word, _compose(settings) if settings else None)))
@@ -84,6 +84,7 @@ def _compose(settings: list[str]) -> ChosenConfig:
 def explain(word: str, chosen: ChosenConfig | None = None) -> Iterator[str]:
     """Yield the lines about a key, a group, `GROUP=OPTION` or a part of a key."""
     key, equals, value = word.lstrip("+~").partition("=")
+    key = key.strip(".")
     if equals and key in GROUPS:
         yield from _explain_option(key, value)
         return
@@ -92,10 +93,12 @@ def explain(word: str, chosen: ChosenConfig | None = None) -> Iterator[str]:
     refused = None if is_own_name else _refused(key, chosen)
     if refused:
         yield from _wrap(refused, "")
+    elif node is not None and ("properties" in node or key in GROUPS):
+        yield from _explain_prefix(key, node)
+    elif mapping := None if node and OWNER in node else _find_mapping(key, chosen):
+        yield from [f"{key} is an entry of {mapping}.", "", *explain(mapping, chosen)]
     elif node is None:
         yield from _explain_other_name(key, value, chosen)
-    elif "properties" in node or key in GROUPS:
-        yield from _explain_prefix(key, node)
     else:
         yield from _explain_key(key, node, chosen)
 
@@ -117,6 +120,17 @@ def _find(key: str, chosen: ChosenConfig | None) -> Node | None:
     if chosen:
         return find_node(config_schema(chosen.resolved), key)
     return find_node(config_schema(_USUAL_METHODS), key) or find_node(config_schema(), key)
+
+
+def _find_mapping(key: str, chosen: ChosenConfig | None) -> str | None:
+    """Return the key above that takes entries of any name, such as `dataset.columns`."""
+    above = key
+    while "." in above:
+        above = above.rpartition(".")[0]
+        if node := _find(above, chosen):
+            is_open = "properties" not in node and OWNER in node
+            return above if is_open and "mapping" in describe_type(node) else None
+    return None
 
 
 def _explain_other_name(key: str, value: str, chosen: ChosenConfig | None) -> Iterator[str]:
@@ -152,6 +166,8 @@ def _no_such_key(key: str, keys: list[str]) -> str:
     )
     hint = hint or ask_nearest(name, [*GROUPS, *keys])
     last_names = {each.rpartition(".")[2]: each for each in reversed(keys)}
+    same = [each for each in keys if each.lower() == key.lower()]
+    hint = f"Did you mean {same[0]}?" if same else hint
     if not hint and (near := ask_nearest(name, last_names)):
         hint = near
     return f"there is no key {key}. {hint or 'luthier explain GROUP lists the keys of a group.'}"
@@ -175,7 +191,7 @@ def _explain_key(key: str, node: Node, chosen: ChosenConfig | None) -> Iterator[
         yield from _row("default", format_for_hydra(node["default"]))
     else:
         yield from _row("default", "none" if node[OWNER] == "luthier" else "that of its class")
-    yield from _table(_options_that_set(key, chosen), "set by")
+    yield from _options_table(_options_that_set(key, chosen))
     if chosen:
         yield from _row("here", _value_here(key, chosen))
 
@@ -289,15 +305,28 @@ def _row(name: str, text: str) -> list[str]:
     )
 
 
-def _table(rows: Iterable[tuple[str, str]], heading: str | None = None) -> Iterator[str]:
-    """Yield a line for each name and its text, which is cut where the line is full.
-
-    With a heading the lines are indented as those of `_row` are.
-    """
+def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield a line for each name and its text, which is cut where the line is full."""
     pairs = list(rows)
-    width = min(44, max((len(name) for name, _ in pairs), default=0)) + 2
-    for number, (name, text) in enumerate(pairs):
-        start = "  " if heading is None else f"  {heading if number == 0 else '':<8} "
-        room = max(_width() - width - len(start), 20)
+    width = min(44, max((len(name) for name, _ in pairs), default=0)) + 1
+    for name, text in pairs:
+        start = f"  {name:<{width}} "
+        room = max(_width() - len(start), 20)
         cut = text if len(text) <= room else f"{text[: room - 3].rstrip()}..."
-        yield f"{start}{name:<{width}}{cut}".rstrip()
+        yield f"{start}{cut}".rstrip()
+
+
+def _options_table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield the options that set a key, each with the value and its whole comment."""
+    pairs = list(rows)
+    width = max((len(name) for name, _ in pairs), default=0) + 2
+    for number, (name, text) in enumerate(pairs):
+        start = f"  {'' if number else 'set by':<8} {name:<{width}}"
+        yield from textwrap.wrap(
+            text,
+            max(_width(), len(start) + 30),
+            initial_indent=start,
+            subsequent_indent=" " * (len(start) + 9),
+            break_on_hyphens=False,
+            break_long_words=False,
+        )

@@ -86,7 +86,7 @@ def _source(parsed: ParsedArguments) -> tuple[SourceConfig, str]:
     """Return the source that was typed, and its first path."""
     lines = [w for w in parsed.overrides if w.startswith("dataset.") and "=" in w]
     paths = [word for word in parsed.overrides if word not in lines]
-    if len(paths) != 1:
+    if len(paths) != 1 or not paths[0].strip():
         raise UserError(
             "luthier init takes one file, folder, glob or hub name, and settings of the dataset "
             "such as dataset.columns.prompt=NAME: luthier init my_data.jsonl. Several files are a "
@@ -138,8 +138,8 @@ def _print_rows(survey: "RowSurvey") -> None:
     turns = survey.turns
     if survey.example_type == "conversation" and any(turns):
         most = _plural(max(turns), "reply", "replies")
-        text = f"median {survey.median(turns)}, at most {most} in a row"
-        _print_line("turns", text if max(turns) > 1 else "1 reply in a row")
+        text = f"median {survey.median(turns)}, at most {most} per row"
+        _print_line("turns", text if max(turns) > 1 else "1 reply per row")
     extras = [
         f"{number:,} with {what}"
         for number, what in (
@@ -195,7 +195,8 @@ def _print_oddities(inputs: "RecipeInputs") -> None:
         lines.append(f"{count} an empty reply ({_places(places)}); the recipe leaves {them} out.")
     if places := survey.repeated:
         count = _plural(len(places), "row repeats", "rows repeat")
-        lines.append(f"{count} an earlier one ({_places(places)}); the recipe leaves it out.")
+        them = "it" if len(places) == 1 else "them"
+        lines.append(f"{count} an earlier one ({_places(places)}); the recipe leaves {them} out.")
     few = sum(survey.roles.values()) * 10 <= survey.rows
     for line in describe_roles(survey):
         end = "the recipe leaves such rows out" if few else "rename it: training stops there"

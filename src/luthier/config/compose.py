@@ -130,6 +130,9 @@ def _read_with_hydra(
         override = None if is_cut_off(line, following) else parse_override(parser, line)
     except HydraException:
         override = None
+    if override is None and line in list_options("recipe"):
+        mistakes.append(Mistake("recipe", f"{line} is a recipe. Write recipe={line}."))
+        return 0
     if override is None or not override.key_or_group:
         text, cut_words = explain_unreadable(line, following)
         mistakes.append(Mistake(line.partition("=")[0] or line, text))

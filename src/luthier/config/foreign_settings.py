@@ -75,17 +75,19 @@ def _table() -> Iterator[tuple[str, ForeignSetting]]:
 _ARGS = "trainer.args."
 _SAME_VALUE = {
     f"{_ARGS}per_device_train_batch_size": """
-        micro_batch_size batch_size train_batch_size per_device_batch_size mini_batch_size
+        micro_batch_size batch_size bs train_batch_size per_device_batch_size per_device_batch
+        mini_batch_size
     """,
     f"{_ARGS}per_device_eval_batch_size": "eval_batch_size per_device_val_batch_size",
     f"{_ARGS}gradient_accumulation_steps": """
-        grad_accum grad_accumulation_steps accumulation_steps accumulate_grad_batches
+        grad_accum grad_accum_steps grad_accumulation_steps gradient_accumulation
+        accumulation_steps accumulate_grad_batches
     """,
-    f"{_ARGS}num_train_epochs": "num_epochs epochs max_epochs n_epochs",
-    f"{_ARGS}max_steps": "max_train_steps num_train_steps num_steps",
+    f"{_ARGS}num_train_epochs": "num_epochs epochs epoch max_epochs n_epochs",
+    f"{_ARGS}max_steps": "max_train_steps num_train_steps num_steps steps",
     f"{_ARGS}learning_rate": "lr",
     f"{_ARGS}lr_scheduler_type": "lr_scheduler scheduler",
-    f"{_ARGS}warmup_steps": "warmup_ratio num_warmup_steps lr_warmup_steps",
+    f"{_ARGS}warmup_steps": "warmup_ratio num_warmup_steps lr_warmup_steps warmup",
     f"{_ARGS}max_grad_norm": "gradient_clipping clip_grad_norm max_norm",
     f"{_ARGS}adam_epsilon": "adam_eps",
     f"{_ARGS}optim": "optimizer optimizer_type optimizer_name",
@@ -100,7 +102,8 @@ _SAME_VALUE = {
     f"{_ARGS}logging_steps": "log_every_n_steps log_steps logging_interval",
     "chat.max_length": """
         sequence_len cutoff_len max_seq_length max_seq_len max_length model_max_length
-        seq_len seq_length sequence_length tokenizer_max_length block_size
+        seq_len seq_length sequence_length tokenizer_max_length block_size max_len context_length
+        context_len
     """,
     "chat.template": "chat_template_path chat_template_jinja",
     "chat.train_on": "roles_to_train",
@@ -116,6 +119,8 @@ _SAME_VALUE = {
     "model.train": "unfrozen_parameters trainable_parameters",
     "model.freeze": "freeze_parameters",
     "lora.r": "lora_rank lora_r adapter_rank rank",
+    "lora.lora_alpha": "alpha",
+    "lora.lora_dropout": "dropout",
     "lora.target_modules": "lora_target lora_target_modules lora_attn_modules",
     "lora.modules_to_save": "lora_modules_to_save additional_target",
     "lora.layers_to_transform": "peft_layers_to_transform",
@@ -136,7 +141,7 @@ _SAME_VALUE = {
     """,
     "dataset.split": "dataset_train_split train_split dataset_split",
     "dataset.eval.split": "dataset_test_split eval_split test_split",
-    "dataset.eval.path": "eval_file validation_file eval_dataset val_dataset",
+    "dataset.eval.path": "eval_file val_file validation_file eval_dataset val_dataset",
     "dataset.max_rows": "max_samples max_train_samples num_samples sample_count",
     "dataset.system": "default_system system_prompt system_message",
     "dataset.workers": """
@@ -157,6 +162,7 @@ _SAME_VALUE = {
     "tracker.mlflow.name": "mlflow_run_name",
     "tracker.trackio.project": "trackio_project_name",
     "tracker.trackio.space_id": "trackio_space_id",
+    "output_dir": "save_dir output_path out_dir save_path",
     "overwrite": "overwrite_output_dir",
     "seed": "random_seed random_state train_seed",
 }
@@ -167,12 +173,13 @@ _IN_CARE_OF_LAUNCH = "Start the run with luthier launch --config {} (luthier doc
 _PUSH = "Upload a finished run with luthier push RUN --to OWNER/NAME."
 
 _SWITCHES = {
-    "quantization=nf4": "load_in_4bit",
+    "quantization=nf4": "load_in_4bit use_4bit",
     "quantization=int8": "load_in_8bit",
     "lora.target_modules=all-linear": "lora_target_linear",
     "model.attention=flash_attention_2": """
         flash_attention use_flash_attention use_flash_attention_2 use_flash_attn
     """,
+    "model.device=cpu": "use_cpu no_cuda cpu",
     "model.attention=sdpa": "sdp_attention xformers_attention",
     "model.attention=eager": "eager_attention",
     "trainer.padding=max_length": "pad_to_sequence_len pad_to_max_length",
@@ -185,7 +192,7 @@ _SWITCHES = {
 
 _DIFFERENT: tuple[tuple[str, ForeignSetting], ...] = (
     (
-        "quantization_bit quant_bits quantization_bits",
+        "quantization_bit quant_bits quantization_bits bits",
         ForeignSetting(values=_OFF | {"4": "quantization=nf4", "8": "quantization=int8"}),
     ),
     (
@@ -238,7 +245,7 @@ _DIFFERENT: tuple[tuple[str, ForeignSetting], ...] = (
         ),
     ),
     (
-        "val_set_size val_size split_dataset_ratio test_size eval_ratio validation_split",
+        "val_set_size val_size val_split split_dataset_ratio test_size eval_ratio validation_split",
         ForeignSetting("dataset.eval.share", _OFF | {"0": ""}, "dataset.eval.count"),
     ),
     (
@@ -343,6 +350,14 @@ _DIFFERENT: tuple[tuple[str, ForeignSetting], ...] = (
             values={"auto": "", "none": ""},
             note="One process uses one device, model.device; for several, use luthier launch.",
         ),
+    ),
+    (
+        "gpus num_gpus n_gpu n_gpus devices num_devices world_size nproc_per_node",
+        ForeignSetting(note="Start the run with luthier launch --num_processes N."),
+    ),
+    (
+        "padding_side pad_token pad_token_id",
+        ForeignSetting(note="luthier pads by itself, and padding never trains; leave it out."),
     ),
     (
         "deepspeed",

@@ -83,6 +83,8 @@ def _explain_no_value(line: str, following: Sequence[str]) -> tuple[str, int]:
         value = "".join(following[:2])[1:] if following[0] == "=" else following[0][1:]
         count = 2 if following[0] == "=" and len(following) > 1 else 1
         return f"write it without spaces around `=`: {_suggest(line, value)}.", count
+    if following and "=" not in following[0] and following[0][:1] not in ("", "-", "~"):
+        return f"write it with `=`: {_suggest(line, following[0])}.", 1
     return f"not key=value. Write a setting as {line}=VALUE.", 0
 
 

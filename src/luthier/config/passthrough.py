@@ -162,7 +162,7 @@ PASS_THROUGH_KEYS = (
             "do_train": _IGNORED,
             "do_eval": _IGNORED,
             "do_predict": _IGNORED,
-            "resume_from_checkpoint": _IGNORED,
+            "resume_from_checkpoint": "the same command resumes by itself; remove it",
         },
     ),
     PassThroughKey(

@@ -1,5 +1,6 @@
 """A resolved config against the schema: the mistakes that pydantic finds, in luthier's words."""
 
+import difflib
 import os
 import typing
 from collections.abc import Iterator, Sequence
@@ -168,9 +169,22 @@ def _extra(model: type[BaseModel], path: list[str], value: object) -> str:
     if elsewhere := [key for key in _all_keys() if key.split(".")[-1] == name]:
         return f"there is no such key. Did you mean {elsewhere[0]}?"
     close = nearest_option(name, field_names)
-    prefix = ".".join([*path[:-1], close]) if close else ""
-    hint = f"Did you mean {prefix}?" if close else f"Keys here: {', '.join(field_names)}."
-    return f"there is no such key. {hint}"
+    if close:
+        return f"there is no such key. Did you mean {'.'.join([*path[:-1], close])}?"
+    if len(path) == 1 and (answer := _nearest_elsewhere(name, value)):
+        return f"there is no such key. {answer}"
+    return f"there is no such key. Keys here: {', '.join(field_names)}."
+
+
+def _nearest_elsewhere(name: str, value: object) -> str | None:
+    """Return the answer to a name that is nearly one of a key in a group, or of another trainer."""
+    keys = {key.rpartition(".")[2]: key for key in reversed(list(_all_keys()))}
+    # Among so many names only a slip of the finger is surely meant: pad_token is not add_tokens.
+    near = difflib.get_close_matches(name.lower(), [*keys, *FOREIGN_SETTINGS], n=1, cutoff=0.88)
+    if not near:
+        return None
+    key = keys.get(near[0])
+    return f"Did you mean {key}?" if key else explain_foreign_key(near[0], value)
 
 
 def suggest_setting(flag: str, value: str) -> str | None:

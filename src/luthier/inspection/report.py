@@ -425,7 +425,8 @@ def _show_end(console: Console, survey: Survey) -> None:
         console.print("\nThere is nothing to train on.", style="bold red")
         return
     broken = sum(rule.broken > 0 for rule in survey.rules)
-    line = "every rule holds" if not broken else f"{broken} of {len(survey.rules)} rules break"
+    are = "is" if broken == 1 else "are"
+    line = f"{broken} of {len(survey.rules)} rules {are} broken" if broken else "every rule holds"
     if count := len(survey.warnings):
         line += f"; {count} {'warning' if count == 1 else 'warnings'}"
     console.print(Text(f"\n{line}", style="bold red" if broken else "bold green"))

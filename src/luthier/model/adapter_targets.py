@@ -381,8 +381,11 @@ def _no_match_message(key: str, name: str, layers: Sequence[str]) -> str:
     """Return the error's text for a name that matches no layer, with the nearest name."""
     names = {*layers, *(layer.rpartition(".")[2] for layer in layers)} - {""}
     near = difflib.get_close_matches(name, sorted(names), n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{key}: nothing in the model is named {name}.{hint}"
+    # Layers of a list have numbers as their last names.
+    last_names = sorted(each for each in names if not re.search(r"\.|^\d+$", each))
+    more = ", ..." if len(last_names) > 20 else ""
+    hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(last_names[:20])}{more}."
+    return f"{key}: nothing in the model is named {name}. {hint}"
 
 
 def _no_layer_message(model: Any, is_pattern: bool, target: str) -> str:

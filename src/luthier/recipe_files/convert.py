@@ -15,7 +15,7 @@ from luthier.config.cross_checks import check_combinations
 from luthier.config.methods import METHODS
 from luthier.config.passthrough import check_pass_through
 from luthier.config.validate import validate_config
-from luthier.errors import Mistake, UserError
+from luthier.errors import Mistake, UserError, ask_nearest
 from luthier.recipe_files.axolotl import convert_axolotl
 from luthier.recipe_files.conversion import Conversion
 from luthier.recipe_files.draft import recipe_name, wrap
@@ -74,8 +74,10 @@ def read_foreign_config(file: Path) -> ForeignConfig:
     """Read a config (YAML, JSON, or a shell script with a command) and tell whose it is."""
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: it cannot be read: {error}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: this is not text in UTF-8, as a config is.") from None
+    except OSError as error:
+        raise UserError(f"{file}: {_describe_unread(file, error)}") from None
     if file.suffix == ".sh":
         return _read_script(file, text)
     settings = _parse(file, text)
@@ -87,6 +89,17 @@ def read_foreign_config(file: Path) -> ForeignConfig:
     if "model_name_or_path" in keys and keys & (_TRL_KEYS | {"learning_rate"}):
         return ForeignConfig("TRL", settings)
     raise UserError(_unknown(file, keys))
+
+
+def _describe_unread(file: Path, error: OSError) -> str:
+    """Return why a file cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        beside = sorted(file.parent.glob("*")) if file.parent.is_dir() else []
+        near = ask_nearest(file.name, [path.name for path in beside])
+        return f"there is no such file. {near}".rstrip()
+    if isinstance(error, IsADirectoryError):
+        return "this is a folder. Name the file of the config."
+    return f"it cannot be read: {error.strerror or error}."
 
 
 def _parse(file: Path, text: str) -> dict[str, Any]:
@@ -101,7 +114,8 @@ def _parse(file: Path, text: str) -> dict[str, Any]:
         language = "JSON" if file.suffix == ".json" else "YAML"
         raise UserError(f"{file}: it cannot be read as {language}: {words}.") from None
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{file}: it is no mapping of keys to values, as a trainer's config is.")
+        what = "this is not a mapping" if content else "it is empty, and no mapping"
+        raise UserError(f"{file}: {what} of keys to values, as a trainer's config is.")
     return {str(key): value for key, value in content.items()}
 
 

@@ -274,7 +274,9 @@ def find_run(typed: str) -> Path:
         hint = f" Did you mean {near}?"
     else:
         hint = (
-            f" There are: {', '.join(runs[:8])}{' ...' if len(runs) > 8 else ''}." if runs else ""
+            f" There are: {', '.join(runs[:8])}{' ...' if len(runs) > 8 else ''}."
+            if runs
+            else " `luthier runs FOLDER` lists the runs below a folder."
         )
     raise UserError(f"{typed}: there is no run (a folder with run.json).{hint}")
 

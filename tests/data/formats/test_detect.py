@@ -74,7 +74,12 @@ PROMPT = {"prompt": "a", "completion": "b"}
         ),
         pytest.param({"id": "a", "n": 3}, {}, ["do not say what kind"], id="an-id-is-no-text"),
         pytest.param({"prompt": "a"}, {}, ["do not say what kind"], id="a-prompt-is-no-text"),
-        pytest.param({"image": "a", "caption": "b"}, {}, ["Only text is read"], id="images"),
+        pytest.param(
+            {"image": "a", "caption": "b"},
+            {},
+            ["video and audio are not read"],
+            id="images",
+        ),
         pytest.param(
             PROMPT,
             {"type": "messages"},

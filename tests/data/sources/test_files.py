@@ -109,7 +109,7 @@ def test_an_empty_file_among_others_is_a_bad_row(write, read):
         ("mixed", {"format": "parquet"}, ["mixed holds no parquet files"]),
         ("splits", {}, ["several splits by their names, such as splits/train.jsonl and splits/te"]),
         ("splits", {"format": "jsonl"}, ["several splits"]),
-        ("./what.bin", {}, ["./what.bin has none of the suffixes .jsonl"]),
+        ("./what.bin", {}, ["./what.bin has none of the suffixes .jsonl", "dataset.format=jsonl."]),
         ("mixed/*", {}, ["mixed/c.bin has none of the suffixes"]),
         (["train.jsonl", "train.jsonl"], {}, ["train.jsonl is listed twice", "set repeats"]),
         (["*.jsonl", "./train.jsonl"], {}, ["./train.jsonl is listed twice", "also as train"]),

@@ -87,6 +87,36 @@ def test_an_empty_packed_file_is_empty(write, read):
         read(write("a.jsonl.gz", gzip.compress(b"")))
 
 
+OTHER_FILES = {
+    "spreadsheet": ("a.xlsx", b"PK", "a.xlsx is a spreadsheet. Open it and save it as CSV"),
+    "old spreadsheet": ("a.xls", b"", "a.xls is a spreadsheet."),
+    "document": ("a.pdf", b"", "a.pdf is a document. Save its text as .txt"),
+    "image": ("a.png", b"", "a.png is an image. Rows name their images by path"),
+    "config": ("a.yaml", b"a: 1", "`luthier convert`"),
+    "model": ("a.safetensors", b"", "A model is named by model.path."),
+    "spreadsheet named as CSV": (
+        "a.csv",
+        zipped(b"x", "[Content_Types].xml", "xl/workbook.xml"),
+        "a.csv is, by its content, a spreadsheet. Open it and save it as CSV",
+    ),
+    "old spreadsheet named as CSV": (
+        "a.csv",
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        "a.csv is, by its first bytes, a spreadsheet.",
+    ),
+    "document named as text": ("a.txt", b"%PDF-1.7", "by its first bytes, a document."),
+    "image named as JSONL": ("a.jsonl", b"\x89PNG\r\n", "by its first bytes, an image."),
+    "Parquet named as CSV": ("a.csv", b"PAR1\x15", "Parquet. Set dataset.format=parquet."),
+}
+
+
+@pytest.mark.parametrize("name, content, words", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_file_that_holds_no_rows_is_named_by_what_it_is(write, read, name, content, words):
+    with pytest.raises(UserError) as error:
+        read(write(name, content))
+    assert words in str(error.value)
+
+
 def test_a_text_that_begins_like_bzip2_is_text(write, fields):
     assert fields(write("a.txt", "BZh is no header")) == [{"text": "BZh is no header"}]
 

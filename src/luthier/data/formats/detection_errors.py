@@ -1,6 +1,7 @@
 """The texts of the errors of `detect`: what the columns of a source are, and what to set."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 
 from luthier.data.formats.registry import (
@@ -28,6 +29,8 @@ _HINTS: tuple[tuple[set[str], str], ...] = (
     ),
 )
 """Columns -> what is to be said where all of them are there and no format fits."""
+_HEADED = re.compile(r"\.(csv|tsv)(\.\w+)?:2$", re.IGNORECASE)
+"""The place of a first row that stands below a header."""
 _MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
 
@@ -59,7 +62,11 @@ def _example_mapping(detection: DetectionInput) -> str:
     if len(texts) > 1:
         prompt, reply = texts[:2]
         mapping = _as_settings(detection.key, {"prompt": prompt, "completion": reply})
-        return f"If {prompt!r} is a prompt and {reply!r} its reply: {mapping}."
+        advice = f"If {prompt!r} is a prompt and {reply!r} its reply: {mapping}."
+        if len(detection.columns) == 2 and _HEADED.search(detection.rows[0].where):
+            header = format_override(f"{detection.key}.options.header", ["prompt", "completion"])
+            advice += f" If the first line is a row and no header: {header}."
+        return advice
     if texts:
         mapping = _as_settings(detection.key, {"text": texts[0]})
         return f"If {texts[0]!r} is a text to train on as it stands: {mapping}."
@@ -97,7 +104,10 @@ def _hints(detection: DetectionInput) -> list[str]:
             + format_override(f"{detection.key}.json_replies", True)
         )
     if columns & _MEDIA_COLUMNS:
-        hints.append("Only text is read, no images, video or audio.")
+        hints.append(
+            "Images are read in a conversation, in a column `images` beside `messages` "
+            "(`luthier docs images`); video and audio are not read."
+        )
     return hints
 
 

@@ -21,7 +21,13 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from luthier.data.sources.hub import is_offline
-from luthier.data.sources.options import FORMAT_OF_SUFFIX, archive_command, format_of, is_file_name
+from luthier.data.sources.options import (
+    FORMAT_OF_SUFFIX,
+    archive_command,
+    describe_other_file,
+    format_of,
+    is_file_name,
+)
 from luthier.data.sources.streams import (
     DataFile,
     FileLocation,
@@ -396,10 +402,14 @@ def _file_format(label: str, settings: FileSettings) -> str:
     file_format = settings.format if settings.format != "auto" else format_of(label)
     if file_format is None and (unpack := archive_command(label)):
         raise UserError(f"dataset: {label} is an archive that luthier does not open. {unpack}")
+    if file_format is None and (other := describe_other_file(label)):
+        raise UserError(f"dataset: {label} is {other}")
     if file_format is None:
+        key = settings.options_key.removesuffix("options")
         raise UserError(
             f"dataset: {label} has none of the suffixes {', '.join(FORMAT_OF_SUFFIX)} (followed by "
-            ".gz, .bz2, .xz, .zst or .zip if it is compressed). Set format to what it is."
+            ".gz, .bz2, .xz, .zst or .zip if it is compressed). If it holds rows, say in which "
+            f"format, such as {key}format=jsonl."
         )
     return file_format
 

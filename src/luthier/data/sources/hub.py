@@ -3,6 +3,7 @@
 Whether the hub can be reached is known before `datasets` is imported, which takes seconds.
 """
 
+import difflib
 import os
 import re
 import socket
@@ -16,7 +17,7 @@ from urllib.request import getproxies
 
 from luthier.data.rows import BadRow, Row
 from luthier.data.sources.arrow import read_batch_rows
-from luthier.data.sources.options import FormatOptions
+from luthier.data.sources.options import FormatOptions, is_file_name
 from luthier.data.sources.source import HashedRows, changed_file_error, hash_file, join_hashes
 from luthier.data.sources.streams import LocalFile, read_errors_as_user_errors
 from luthier.errors import UserError
@@ -51,6 +52,12 @@ def is_offline() -> bool:
 def describe_no_network(path: str) -> str:
     """Return the text for a hub that does not answer."""
     why = "HF_HUB_OFFLINE is set" if is_offline() else f"{_endpoint()} does not answer"
+    files = [entry.name for entry in Path().iterdir() if is_file_name(entry.name)]
+    if near := difflib.get_close_matches(path, files, n=1, cutoff=0.8):
+        return (
+            f"dataset: there is no file {path}. Did you mean {near[0]}? As a hub dataset it is "
+            f"not on this machine either, and {why}."
+        )
     return (
         f"dataset: {path} is a hub dataset that is not on this machine, and {why}. Either "
         'load it once where there is a network (python -c "import datasets; '

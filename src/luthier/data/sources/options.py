@@ -2,6 +2,7 @@
 
 import codecs
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -152,6 +153,29 @@ def archive_command(name: str) -> str | None:
     """Return what to do about an archive that is not opened, by its name; None for other files."""
     advice = (text for pattern, text in _ARCHIVES.items() if re.search(pattern, name.lower()))
     return next((text.format(name=name) for text in advice), None)
+
+
+_SPREADSHEET = "a spreadsheet. Open it and save it as CSV with the encoding UTF-8."
+_OTHER_FILES = {
+    (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"): _SPREADSHEET,
+    (".pdf", ".docx", ".doc", ".odt", ".rtf", ".pptx", ".epub", ".html", ".htm"): "a document. "
+    "Save its text as .txt, which trains with trainer=pretrain, or write rows of it into JSONL.",
+    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"): "an image. Rows name their images by path "
+    "(`luthier docs images`).",
+    (".yaml", ".yml"): "YAML, which holds no rows. A config of another trainer is for "
+    "`luthier convert`.",
+    (".safetensors", ".gguf", ".pt", ".pth"): "a model's file. A model is named by model.path.",
+}
+"""Suffixes of files that people name and that hold no rows -> what they are and what to do."""
+_MEMBERS = {"xl/workbook.xml": ".xlsx", "word/document.xml": ".docx"}
+"""A file inside an office document, which is a zip archive -> the document's suffix."""
+
+
+def describe_other_file(name: str, members: Sequence[str] = ()) -> str | None:
+    """Return what a file is that holds no rows, by its name or by what is in its zip archive."""
+    inside = next((suffix for member, suffix in _MEMBERS.items() if member in members), None)
+    suffix = inside or PurePosixPath(name.lower()).suffix
+    return next((text for suffixes, text in _OTHER_FILES.items() if suffix in suffixes), None)
 
 
 def is_file_name(name: str) -> bool:

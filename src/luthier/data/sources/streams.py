@@ -25,6 +25,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 from zipfile import ZipExtFile, ZipFile
 
+from luthier.data.sources.options import describe_other_file
 from luthier.errors import UserError
 
 WEB_TIMEOUT_SECONDS = 30.0
@@ -345,6 +346,8 @@ def _open_only_member(stack: ExitStack, stream: Any, label: str) -> io.BufferedR
     """Return the content of an archive whose name does not say so, and which must hold one file."""
     archive = stack.enter_context(ZipFile(make_seekable(stack, stream)))
     names, _ = _list_members(archive, label)
+    if other := describe_other_file(label, names):
+        raise UserError(f"dataset: {label} is, by its content, {other}")
     if len(names) != 1:
         raise UserError(
             f"dataset: {label} is a zip archive of {len(names)} files by its first bytes, and its "

@@ -4,11 +4,12 @@ A byte that the encoding does not have is a `UserError` with its line and what t
 """
 
 import codecs
+import shlex
 from collections.abc import Iterator
 from itertools import chain
 
 from luthier.data.rows import BadRow, Row
-from luthier.data.sources.options import COMPRESSION_SUFFIXES, TextOptions
+from luthier.data.sources.options import COMPRESSION_SUFFIXES, TextOptions, describe_other_file
 from luthier.data.sources.streams import DataFile, read_blocks
 from luthier.errors import UserError, format_override
 
@@ -23,6 +24,7 @@ def read_text_blocks(file: DataFile, encoding: str) -> Iterator[str]:
     try:
         for number, block in enumerate(read_blocks(file)):
             if number == 0 and encoding == "utf-8":
+                _refuse_other_file(file, block)
                 _refuse_utf16(file, block)
             text = decoder.decode(block)
             yield text
@@ -76,6 +78,28 @@ def _lines_of_each_block(text: Iterator[str], label: str) -> Iterator[list[str]]
         yield [rest]
 
 
+_FIRST_BYTES = {
+    b"\xd0\xcf\x11\xe0": ".xls",
+    b"%PDF-": ".pdf",
+    b"\x89PNG": ".png",
+    b"\xff\xd8\xff": ".jpg",
+}
+"""First bytes of files that are named as text and are none -> their usual suffix."""
+
+
+def _refuse_other_file(file: DataFile, block: bytes) -> None:
+    """Stop at a spreadsheet, a document, an image or a table that is named as text."""
+    for first, suffix in _FIRST_BYTES.items():
+        if block.startswith(first):
+            other = describe_other_file(f"file{suffix}")
+            raise UserError(f"dataset: {file.label} is, by its first bytes, {other}")
+    if block.startswith(b"PAR1"):
+        key = file.options_key.removesuffix("options")
+        raise UserError(
+            f"dataset: {file.label} is, by its first bytes, Parquet. Set {key}format=parquet."
+        )
+
+
 def _refuse_utf16(file: DataFile, block: bytes) -> None:
     """Stop at a text whose characters have two or four bytes each."""
     # Western text in UTF-16 or UTF-32 has a zero byte among its first four, also without a mark.
@@ -106,7 +130,7 @@ def _encoding_advice(file: DataFile, encoding: str) -> str:
     setting = f"et {format_override(f'{file.options_key}.encoding', encoding)}."
     if file.location.is_remote or file.label.lower().endswith(COMPRESSION_SUFFIXES):
         return f"S{setting}"
-    command = f"iconv -f {encoding.upper()} -t UTF-8 {file.label} > utf8.{file.format}"
+    command = f"iconv -f {encoding.upper()} -t UTF-8 {shlex.quote(file.label)} > utf8.{file.format}"
     return f"Convert it: {command}, or s{setting}"
 
 
