@@ -26,6 +26,13 @@ def test_a_recipe_is_written_and_every_key_is_listed(luthier, workplace):
     assert "qlora_8b" in out
 
 
+def test_a_misspelt_key_is_named_with_the_one_it_is_like(luthier, workplace):
+    workplace("a.yml", yaml.safe_dump(CONFIG | {"num_epoch": 2}))
+    code, out, _ = luthier("convert", "a.yml")
+    said = " ".join(out.split())
+    assert code == 0 and "does not know this key of axolotl; is num_epochs meant?" in said
+
+
 def test_nothing_is_overwritten(luthier, workplace):
     workplace("a.yml", yaml.safe_dump(CONFIG))
     recipe = workplace("recipes/a.yaml", "seed: 1\n")

@@ -4,6 +4,7 @@ A converter takes every key that it knows and says what became of it. Keys that 
 are not carried over, with that as the reason, so none is lost in silence.
 """
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,9 @@ class Conversion:
     def finish(self) -> None:
         """Drop what nothing took, and what was taken and did not come to anything."""
         for key in list(self._left):
-            self.drop(key, f"luthier's converter does not know this key of {self.project}")
+            near = difflib.get_close_matches(key, FOREIGN_SETTINGS, n=1, cutoff=0.88)
+            hint = f"; is {near[0]} meant?" if near else ""
+            self.drop(key, f"luthier's converter does not know this key of {self.project}{hint}")
         outcome = {*self._carried, *self.dropped, *self.different, *self.needless, *self.empty}
         for key in [key for key in self.source if key not in outcome]:
             if self.source[key] in (False, "", 0, [], {}):
