@@ -45,6 +45,10 @@ EVEN = [100] * 400
             "trainer.args.learning_rate=2e-5", id="full 2e-4",
         ),
         pytest.param(
+            (*LORA, rate("0")), {}, "0 is too low for an adapter",
+            "trainer.args.learning_rate=2e-4", id="a rate of zero",
+        ),
+        pytest.param(
             (*LORA, rate("1e-6")), {}, "1e-6 is too low for an adapter",
             "trainer.args.learning_rate=2e-4", id="lora 1e-6",
         ),

@@ -229,7 +229,7 @@ def _learning_rate(facts: RunFacts) -> Iterator[RunWarning]:
 def _format_rate(rate: float) -> str:
     """Return a rate as people type it: `2e-4`."""
     digits, _, exponent = f"{rate:.3e}".partition("e")
-    return f"{float(digits):g}e{int(exponent)}"
+    return f"{float(digits):g}e{int(exponent)}" if rate else "0"
 
 
 def _is_tiny(facts: RunFacts) -> bool:
