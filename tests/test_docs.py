@@ -411,6 +411,20 @@ def exists(names: list[str]) -> bool:
     return True
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_python_on_a_page_is_python_and_what_it_imports_of_luthier_exists(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    imports = [
+        (node.module, alias.name)
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("luthier")
+        for alias in node.names
+    ]
+    missing = [pair for pair in imports if not hasattr(importlib.import_module(pair[0]), pair[1])]
+    assert missing == []
+
+
 def slugs(page: Path) -> set[str]:
     """Return the anchors of a page's headings as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,6 +1,6 @@
 """The memory of a run before it runs: weights, optimizer, activations, and what to change.
 
-    from luthier.memory import choose_checkpointing, fits, plan_memory
+    from luthier.memory import choose_checkpointing, fits_in_memory, plan_memory
 
 Everything here imports torch at the first use and not before.
 """
