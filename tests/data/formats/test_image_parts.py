@@ -227,6 +227,11 @@ WRONG = {
         "its texts hold <image> once, and it has 1 image, which would be placed before the "
         "text. If each marks an image, set 'dataset.image_placeholder=\"<image>\"'",
     ),
+    "typed placeholders among parts of text": (
+        {"messages": [user(text("<image>\n"), Q), REPLY], "images": ["a"]},
+        {},
+        "its texts hold <image> once, and it has 1 image, which would be placed before the text",
+    ),
     "more placeholders than images": (
         {"prompt": "<image><image>Same?", "completion": "Red.", "images": ["a"]},
         {"image_placeholder": "<image>"},

@@ -294,16 +294,25 @@ def _check_no_other_images(
 def _check_no_placeholders(example: Mapping[str, Any], images: int) -> None:
     """Refuse to put images first where the texts seem to say where they stand."""
     texts = [
-        message["content"]
+        text
         for name in PROMPT_LISTS
         for message in example.get(name, ())
-        if isinstance(message.get("content"), str) and message["role"] != "assistant"
+        if message["role"] != "assistant"
+        for text in _list_texts(message.get("content"))
     ]
     if sum(text.count(TYPED_PLACEHOLDER) for text in texts) == images:
         raise TypedPlaceholderError(
             f"its texts hold {TYPED_PLACEHOLDER} {_times(images)}, and it has {images} "
             f"{_images(images)}, which would be placed before the text"
         )
+
+
+def _list_texts(content: Any) -> list[str]:
+    """Return the texts of a content, which is a text itself or a list of parts."""
+    if isinstance(content, list):
+        content = [part.get("text") for part in content if isinstance(part, dict)]
+    texts = content if isinstance(content, list) else [content]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _put_first(example: dict[str, Any], count: int) -> None:
