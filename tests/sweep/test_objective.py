@@ -74,6 +74,33 @@ def test_what_a_pruner_looks_at(given, trainer, name):
     assert found == objective.PruningSignal(name, opposite=False)
 
 
+PRUNED_BY = {
+    "a metric that is better when more": ("eval_mean_token_accuracy", True),
+    "another loss": ("loss", False),
+    "the objective's own metric": ("eval_rewards/chosen", False),
+    "the objective itself": ("rewards/chosen", False),
+}
+
+
+@pytest.mark.parametrize("name, opposite", PRUNED_BY.values(), ids=PRUNED_BY)
+def test_which_way_a_pruner_looks(name, opposite):
+    resolved = config("dpo", args={"eval_strategy": "steps"})
+    aim = {"rewards/chosen": "maximize"} if "rewards" in name else None
+    sweeper = OptunaSettings(kind="optuna", objective=aim, prune_by=name)
+    objectives = objective.read_objectives(sweeper, resolved)[0]
+    signal = objective.pruning_signal(sweeper, objectives, resolved)
+    assert signal == objective.PruningSignal(name, opposite)
+
+
+def test_a_pruner_is_not_told_the_wrong_way():
+    resolved = config("grpo", args={"eval_strategy": "steps"})
+    sweeper = OptunaSettings(kind="optuna", objective="reward", prune_by="completions/mean_length")
+    objectives = objective.read_objectives(sweeper, resolved)[0]
+    mistake = objective.pruning_signal(sweeper, objectives, resolved)
+    assert mistake.key == "hydra.sweeper.prune_by"
+    assert "does not know which way completions/mean_length is better" in mistake.text
+
+
 def test_the_numbers_of_a_run():
     run = {
         "results": {

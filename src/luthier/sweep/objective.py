@@ -206,13 +206,17 @@ def pruning_signal(
     wrong = _find_mistake(name, resolved)
     if wrong:
         return Mistake("hydra.sweeper.prune_by", wrong)
+    if name in (objective.name, _find_logged_name(objective.name, resolved)):
+        return PruningSignal(name, opposite=False)
     try:
-        opposite = (
-            sweeper.prune_by is not None and _is_maximized(name, resolved) != objective.maximize
-        )
+        is_maximized = _is_maximized(name, resolved)
     except UserError:
-        opposite = False
-    return PruningSignal(name, opposite)
+        return Mistake(
+            "hydra.sweeper.prune_by",
+            f"luthier does not know which way {name} is better. Name a loss, a metric of "
+            "trainer.evaluation.metrics, or the metric of the objective.",
+        )
+    return PruningSignal(name, is_maximized != objective.maximize)
 
 
 def _find_logged_name(name: str, resolved: dict[str, Any]) -> str | None:
