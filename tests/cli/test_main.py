@@ -55,6 +55,18 @@ SAYS = {
     "switch with value": (["check", "--json=1"], "--json=1: --json takes no value."),
     "file missing": (["preview", Q, "--html", "--ids"], "--html needs a value. Write --html FILE."),
     "recipes with words": (["recipes", "all"], "`luthier recipes` takes no arguments."),
+    "two comparisons": (
+        ["evaluate", "x", "--alone", "--against", "y"],
+        "--against: --alone compares with nothing. Leave one of them out.",
+    ),
+    "tasks without benchmarks": (
+        ["evaluate", "x", "--tasks", "folder"],
+        "--tasks: these are tasks for --benchmarks.",
+    ),
+    "another engine's command": (
+        ["serve", "x", "--engine", "transformers", "--show"],
+        "--show: this prints the command of vLLM.",
+    ),
     "nothing chosen": (["check"], "recipe: nothing is chosen. Add recipe=NAME"),
     "key": (["check", Q, "chat.max_lenght=3"], "Did you mean chat.max_length?"),
     "recipe": (["preview", "recipe=quikstart"], "Did you mean quickstart?"),

@@ -83,6 +83,13 @@ def test_a_mistake_is_named_before_anything_is_merged(
     assert not target.exists()
 
 
+def test_a_whole_model_takes_no_flags_of_a_merge(luthier, whole, llama_cpp):
+    for words in (["--to", "gguf", "--llama-cpp", llama_cpp], ["--quantize", "nf4"]):
+        for flag, value in (("--dtype", "float16"), ("--onto", "original")):
+            code, _, err = luthier("merge", whole, *words, flag, value)
+            assert code == 2 and f"{flag}: this model has no adapter" in err
+
+
 def converted(folder, tmp_path, converter):
     lines = []
     order = GgufOrder(folder, tmp_path / "m.gguf", "f16", converter / CONVERTER, verify=False)

@@ -58,6 +58,16 @@ def sharded(request, tmp_path_factory):
     return base, checkpoint
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--quantize", "nf4"], ["--to", "gguf"], ["--adapter-for", "vllm"], ["--onto", "original"]],
+)
+def test_flags_of_a_merge_are_refused_for_shards(words, tmp_path, luthier):
+    (tmp_path / ".metadata").touch()
+    code, _, err = luthier("merge", tmp_path, *words)
+    assert code == 2 and f"{words[0]}: a checkpoint in shards is first put together." in err
+
+
 @pytest.mark.train
 def test_shards_of_fsdp_become_one_model(sharded, luthier):
     from transformers import AutoModelForCausalLM

@@ -1,6 +1,6 @@
 """A tool's command line has flags of its own; all other words belong to the configuration."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from luthier.errors import UserError, nearest_option
@@ -36,6 +36,12 @@ class ParsedArguments:
     switches: set[str] = field(default_factory=set)
     numbers: dict[str, int] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+
+    def refuse_flags(self, flags: Iterable[str], reason: str) -> None:
+        """Raise UserError for the first of these flags that was typed: it would have no effect."""
+        for flag in flags:
+            if flag in {*self.switches, *self.numbers, *self.texts}:
+                raise UserError(f"{flag}: {reason}")
 
 
 @dataclass(frozen=True)

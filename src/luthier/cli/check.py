@@ -110,8 +110,7 @@ def run_served(parsed: ParsedArguments) -> int:
     if len(parsed.overrides) != 1:
         raise UserError("luthier check --served takes one run: luthier check RUN --served.")
     # A flag without an effect would look as if the file had been written.
-    if "--png" in parsed.texts:
-        raise UserError("--png: --served draws nothing. Leave it out.")
+    parsed.refuse_flags(["--png"], "--served draws nothing. Leave it out.")
     from luthier.config.trust import trust_of
     from luthier.inspection.served import check_served
 

@@ -63,6 +63,10 @@ def run(arguments: list[str]) -> int:
         "evaluate", [w for w in parsed.overrides if w not in metric_settings], ("MODEL",)
     )
     metrics = _metrics_typed(metric_settings)
+    if "--alone" in parsed.switches:
+        parsed.refuse_flags(["--against"], "--alone compares with nothing. Leave one of them out.")
+    if "--benchmarks" not in parsed.texts:
+        parsed.refuse_flags(["--tasks"], "these are tasks for --benchmarks. Name them there, too.")
     # The file is checked before the models run: hours of work must not end in a wrong path.
     out = _writable(parsed.texts.get("-o"))
     if "--benchmarks" in parsed.texts:

@@ -55,6 +55,7 @@ COMMAND_LINE = CommandLine(
     "  luthier merge runs/quickstart/default --to gguf --llama-cpp ~/llama.cpp\n"
     "  luthier merge runs/experts/default --adapter-for vllm --out served-adapter\n",
 )
+_NO_ADAPTER = "this model has no adapter, so its weights stay as they are. Leave this out."
 # The colon of `package:NAME` is followed by no number, so it is not taken for a weight.
 _WEIGHT = re.compile(r"^(?P<word>.+):(?P<weight>-?\d+(\.\d+)?)$")
 
@@ -107,6 +108,7 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
     if quantize is not None and len(artifacts) == 1 and artifacts[0].adapter is None:
         if artifacts[0].base.loader is not None:
             raise UserError(merge_adapter.NO_PACKING)
+        parsed.refuse_flags(["--dtype", "--onto"], _NO_ADAPTER)
         check_target(target, overwrite, *merge_adapter.list_inputs(order.artifacts))
         quiet_libraries()
         quantize_model(artifacts[0], target, quantize, print)
@@ -129,6 +131,8 @@ def _write_gguf(artifacts: list[Artifact], weights: list[float], parsed: ParsedA
     """Merge, and write the merged model as one file: `luthier merge RUN --to gguf`."""
     first = artifacts[0]
     is_whole = len(artifacts) == 1 and first.adapter is None
+    if is_whole:
+        parsed.refuse_flags(["--dtype", "--onto"], _NO_ADAPTER)
     target = choose_target(first, parsed)
     file = target.with_name(f"{target.name}.gguf")
     folder = first.folder if is_whole and first.folder is not None else target
@@ -164,9 +168,10 @@ def _export_adapter(
     from luthier.export.server_adapter import export_adapter
     from luthier.storage.output_folder import check_target
 
-    others = {*parsed.texts, *parsed.switches} & {"--dtype", "--onto", "--quantize", "--no-verify"}
-    if others:
-        raise UserError(f"{min(others)}: --adapter-for writes no model. Leave one of the two out.")
+    parsed.refuse_flags(
+        ["--dtype", "--no-verify", "--onto", "--quantize"],
+        "--adapter-for writes no model. Leave one of the two out.",
+    )
     if len(artifacts) > 1 or weights != [1.0]:
         raise UserError("--adapter-for takes one adapter, without a weight.")
     (artifact,) = artifacts
@@ -228,6 +233,11 @@ def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
     from luthier.model.model_files import sharding_of
     from luthier.storage.output_folder import check_target, describe_written, output_folder
 
+    parsed.refuse_flags(
+        ["--onto", "--quantize", "--adapter-for", "--to"],
+        "a checkpoint in shards is first put together. Leave this out, and type it when you merge "
+        "the folder that is written.",
+    )
     artifact = _trained_whole(folder, parsed)
     typed = parsed.texts.get("--out")
     target = Path(typed or f"{str(folder).rstrip('/')}-merged").expanduser()

@@ -70,14 +70,14 @@ def run(arguments: list[str]) -> int:
     from luthier.model.artifact import find_artifact
 
     typed = parse_model_arguments("serve", parsed.overrides, ("MODEL",))
-    engine = _engine(parsed)
-    if engine == "vllm":
+    if _engine(parsed) == "vllm":
         _check_vllm_arguments(typed, parsed)
         artifact = find_artifact(
             typed.places[0], parsed.texts.get("--base"), typed.trust(parsed.switches)
         )
         _vllm(artifact, parsed)
         return 0
+    parsed.refuse_flags(["--show"], "this prints the command of vLLM. Leave one of the two out.")
     return _transformers(typed, parsed)
 
 
@@ -114,7 +114,7 @@ def curl_command(name: str, host: str, port: int) -> str:
 
 
 def _engine(parsed: ParsedArguments) -> str:
-    chosen = parsed.texts.get("--engine")
+    chosen = parsed.texts.get("--engine", "vllm" if "--show" in parsed.switches else None)
     if chosen is None:
         if importlib.util.find_spec("vllm") is None:
             return "transformers"
