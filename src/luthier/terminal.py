@@ -51,12 +51,12 @@ class PrintableStream:
         """Write the text; what the stream's encoding has not is written as an escape."""
         move = _BAR_WRITE.match(text)
         text, length = redact_known(text), len(text)
-        kept = move[0] if move else ""
-        shown = kept + printable(text[len(kept) :])
+        bar_move = move[0] if move else ""
+        visible = bar_move + printable(text[len(bar_move) :])
         try:
-            self.unguarded.write(shown)
+            self.unguarded.write(visible)
         except UnicodeEncodeError as error:
-            data = shown.encode(error.encoding, "backslashreplace")
+            data = visible.encode(error.encoding, "backslashreplace")
             self.unguarded.write(data.decode(error.encoding))
         return length
 

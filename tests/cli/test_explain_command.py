@@ -71,6 +71,10 @@ ANSWERS = {
         ["trainer.args.learning_rate"],
         ["the highest learning rate; full fine-tuning takes a tenth"],
     ),
+    "foreign key with a value that is no YAML": (
+        ["micro_batch_size=[a"],
+        ["another trainer's name", "'trainer.args.per_device_train_batch_size=\"[a\"'."],
+    ),
     "renamed key": (["dataset.shape"], ["dataset.shape is called dataset.type now."]),
 }
 
@@ -159,6 +163,8 @@ FLAGS = {
     "group": (["--model", "x"], "write model=x."),
     "key of a library": (["--learning-rate", "1e-4"], "write trainer.args.learning_rate=0.0001."),
     "foreign key": (["--batch_size=4"], "write trainer.args.per_device_train_batch_size=4."),
+    "foreign key, no YAML": (["--batch_size=[a"], 'per_device_train_batch_size="[a"\'.'),
+    "key, no YAML": (["--learning-rate", "{a"], "write 'trainer.args.learning_rate=\"{a\"'."),
     "switch": (["--dry-run"], "write dry_run=true."),
     "typo of a flag": (["--hepl"], "Did you mean --help?"),
 }

@@ -64,6 +64,13 @@ def test_a_plan_is_a_table(on_shapes):
     assert "4 rows of 64 tokens, bfloat16 autocast, sdpa with a mask" in out
 
 
+def test_rows_that_cannot_be_read_are_named(plan_command):
+    code, out, _ = plan_command("recipe=quickstart", "dataset.path=none.jsonl", "--memory", "24GB")
+    assert code == 0 and "4 rows of 512 tokens" in out
+    text = " ".join(out.split())
+    assert "No row was read, so the longest allowed row is planned. dataset: there is no " in text
+
+
 def test_small_data_is_planned_by_its_longest_row(plan_command, tmp_path):
     cache = tmp_path / "cache"
     words = ("recipe=quickstart", f"dataset.cache={cache}", "--memory", "24GB")

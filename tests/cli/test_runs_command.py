@@ -73,7 +73,7 @@ def test_the_newest_run_comes_first_and_a_sweep_is_one_line(runs, capsys):
         (f"quickstart/{NAME}", "finished", "2,000", result, took, "1.9 MiB"),
         ("quickstart/default", "finished", "60", result, took, "1.9 MiB"),
         ("quickstart/sweeps/r-0-1-1f0e9a", "interrupted", "2 trials", "best eval_loss 0.25",
-         "1 min", "3.8 MiB"),
+         "80 s", "3.8 MiB"),
     ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from luthier.recipe_files.draft import (
     wrap,
     write_recipe,
 )
+from luthier.terminal import pluralize
 
 COMMAND_LINE = CommandLine(
     "convert",
@@ -67,11 +68,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _print(conversion: Conversion) -> None:
-    count = len(conversion.carried)
-    print(
-        f"{count} {'key is' if count == 1 else 'keys are'} carried over; the recipe names each "
-        "beside its setting."
-    )
+    count = pluralize(len(conversion.carried), "key is", "keys are")
+    print(f"{count} carried over; the recipe names each beside its setting.")
     _print_keys("Not carried over", conversion.dropped)
     _print_keys("Not quite the same here", conversion.different)
     _print_grouped("No setting needed here", conversion.needless)

@@ -25,7 +25,7 @@ from luthier.config.recipes import (
 )
 from luthier.config.renamed_settings import new_key
 from luthier.config.schema import GROUPS, RunConfig
-from luthier.config.validate import describe_key
+from luthier.config.validate import describe_key, read_value
 from luthier.errors import UserError, ask_nearest, format_for_hydra
 
 COMMAND_LINE = CommandLine(
@@ -141,7 +141,9 @@ def _explain_other_name(key: str, value: str, chosen: ChosenConfig | None) -> It
     if new := new_key(key):
         yield from [f"{key} is called {new} now.", "", *explain(new, chosen)]
     elif foreign and value:
-        yield from _wrap(f"{key} is another trainer's name. {foreign.explain(_plain(value))}", "")
+        yield from _wrap(
+            f"{key} is another trainer's name. {foreign.explain(read_value(value))}", ""
+        )
     elif foreign:
         yield from _wrap(f"{key} is another trainer's name. {foreign.about}", "")
         for each in foreign.keys[:1]:
@@ -171,12 +173,6 @@ def _no_such_key(key: str, keys: list[str]) -> str:
     if not hint and (near := ask_nearest(name, last_names)):
         hint = near
     return f"there is no key {key}. {hint or 'luthier explain GROUP lists the keys of a group.'}"
-
-
-def _plain(value: str) -> object:
-    import yaml
-
-    return yaml.safe_load(value)
 
 
 def _explain_key(key: str, node: Node, chosen: ChosenConfig | None) -> Iterator[str]:

@@ -67,7 +67,8 @@ def run(arguments: list[str]) -> int:
         print(note, file=sys.stderr)
     # Opened before the model is loaded: a finished file or one of other settings needs no model.
     file = AnswerFile(
-        Path(parsed.texts["-o"]).expanduser(), redact(_made(llm.artifact, asks, typed, parsed))
+        Path(parsed.texts["-o"]).expanduser(),
+        redact(_describe_origin(llm.artifact, asks, typed, parsed)),
     )
     if file.done >= len(asks.rows):
         print(f"{file.path} has all {len(asks.rows):,} replies; nothing is left to do")
@@ -83,7 +84,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _made(
+def _describe_origin(
     artifact: "Artifact", asks: "PromptRows", typed: "ModelArguments", parsed: ParsedArguments
 ) -> dict[str, Any]:
     """Return all that decides the replies; only the same command may go on with a file."""
@@ -129,10 +130,10 @@ def _answer(
         with tqdm(total=len(asks.rows), initial=file.done, unit="row", disable=None) as bar:
             step = size * _BATCHES
             for start in range(0, len(left), step):
-                asked = left[start : start + step]
-                writer = _ReplyWriter(file, asked, bar)
+                batch = left[start : start + step]
+                writer = _ReplyWriter(file, batch, bar)
                 replies = llm.replies(
-                    [ask.prompt for ask in asked], places=[ask.where for ask in asked],
+                    [ask.prompt for ask in batch], places=[ask.where for ask in batch],
                     batch_size=size, seed=parsed.numbers.get("--seed"), on_replies=writer.take,
                     **typed.generation,
                 )  # fmt: skip

@@ -17,6 +17,7 @@ from luthier.recipe_files.draft import (
     wrap,
     write_recipe,
 )
+from luthier.terminal import pluralize
 
 if TYPE_CHECKING:
     from luthier.recipe_files.new_recipe import RecipeInputs
@@ -118,17 +119,13 @@ def _check_usable(survey: "RowSurvey") -> None:
         survey.bad.raise_if_any(survey.opened)
 
 
-def _plural(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
 def _print_rows(survey: "RowSurvey") -> None:
     opened, row_format = survey.opened, survey.opened.row_format
     what = _ROWS[survey.example_type]
     if row_format.type == "prompt":
         what = "prompts without a reply"
     more = "" if survey.is_all else "; these are the first of more"
-    count = _plural(survey.rows + len(survey.bad.rows), "row", "rows")
+    count = pluralize(survey.rows + len(survey.bad.rows), "row")
     print(f"{opened.source.label}: {count}{more}, {what} (type {row_format.type})")
     names = row_format.columns.source_names
     used = [f"{column} (as {ours})" if column != ours else ours for ours, column in names.items()]
@@ -137,7 +134,7 @@ def _print_rows(survey: "RowSurvey") -> None:
         _print_line("not used", ", ".join(row_format.unused))
     turns = survey.turns
     if survey.example_type == "conversation" and any(turns):
-        most = _plural(max(turns), "reply", "replies")
+        most = pluralize(max(turns), "reply", "replies")
         text = f"median {survey.median(turns)}, at most {most} per row"
         _print_line("turns", text if max(turns) > 1 else "1 reply per row")
     extras = [
@@ -186,31 +183,35 @@ def _print_oddities(inputs: "RecipeInputs") -> None:
     lines = []
     if rows := survey.bad.rows:
         first = f"{rows[0].where}: {rows[0].problem}"
-        count = _plural(len(rows), "row cannot", "rows cannot")
+        count = pluralize(len(rows), "row cannot", "rows cannot")
         them = "it" if len(rows) == 1 else "them"
         lines.append(f"{count} be read; the recipe leaves {them} out. The first: {first}")
-    if places := survey.empty:
-        count = _plural(len(places), "row has", "rows have")
-        them = "it" if len(places) == 1 else "them"
-        lines.append(f"{count} an empty reply ({_places(places)}); the recipe leaves {them} out.")
-    if places := survey.repeated:
-        count = _plural(len(places), "row repeats", "rows repeat")
-        them = "it" if len(places) == 1 else "them"
-        lines.append(f"{count} an earlier one ({_places(places)}); the recipe leaves {them} out.")
+    if locations := survey.empty:
+        count = pluralize(len(locations), "row has", "rows have")
+        them = "it" if len(locations) == 1 else "them"
+        lines.append(
+            f"{count} an empty reply ({_list_locations(locations)}); the recipe leaves {them} out."
+        )
+    if locations := survey.repeated:
+        count = pluralize(len(locations), "row repeats", "rows repeat")
+        them = "it" if len(locations) == 1 else "them"
+        lines.append(
+            f"{count} an earlier one ({_list_locations(locations)}); the recipe leaves {them} out."
+        )
     few = sum(survey.roles.values()) * 10 <= survey.rows
     for line in describe_roles(survey):
         end = "the recipe leaves such rows out" if few else "rename it: training stops there"
         lines.append(f"{line[:-1]}; {end}.")
     if survey.placeholders:
-        count = _plural(survey.placeholders, "row holds", "rows hold")
+        count = pluralize(survey.placeholders, "row holds", "rows hold")
         lines.append(f"{count} the text <image> and no image; it trains as plain text.")
     length = max_length(inputs)
     over = rows_over(inputs, length)
     if over and inputs.method != "pretrain":
-        count = _plural(over, "row is", "rows are")
+        count = pluralize(over, "row is", "rows are")
         lines.append(f"About {count} longer than chat.max_length={length} of the recipe.")
     if survey.usable < 50:
-        count = _plural(survey.usable, "row", "rows")
+        count = pluralize(survey.usable, "row")
         lines.append(f"Only {count} to train on: a model learns their form, and little else.")
     if len(survey.labels) == 1:
         lines.append(f"All rows have the same label, {next(iter(survey.labels))}.")
@@ -224,10 +225,10 @@ def _print_oddities(inputs: "RecipeInputs") -> None:
             print(f"    {each}")
 
 
-def _places(places: list[str]) -> str:
+def _list_locations(locations: list[str]) -> str:
     here = f"{Path.cwd()}/"
-    shown = ", ".join(place.removeprefix(here) for place in places[:3])
-    return f"{shown}, ..." if len(places) > 3 else shown
+    shown = ", ".join(place.removeprefix(here) for place in locations[:3])
+    return f"{shown}, ..." if len(locations) > 3 else shown
 
 
 def _print_recipe(inputs: "RecipeInputs", path: Path) -> None:

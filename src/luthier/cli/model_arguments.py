@@ -67,7 +67,7 @@ def parse_model_arguments(
         if group == "quantization" and not name:
             parsed.quantization = text
         elif group == "model" and name:
-            parsed.model[_known(key, name, _MODEL)] = _value(word, text)
+            parsed.model[_check_name(key, name, _MODEL)] = _value(word, text)
         elif group == "dataset" and name:
             # `dataset.columns.prompt=x` sets a key of a nested mapping, as in a config.
             nested = parsed.dataset
@@ -102,14 +102,12 @@ def usage_line(command: str, names: tuple[str, ...]) -> str:
     return f"Write: luthier {command} {' '.join(names)} [key=value ...]"
 
 
-def make_dataset_config(
-    settings: Mapping[str, Any], base: Mapping[str, Any] | None = None
-) -> DatasetConfig:
-    """Return `base` with these settings over it; UserError for a setting that does not exist."""
+def make_dataset_config(settings: Mapping[str, Any]) -> DatasetConfig:
+    """Return a dataset with these settings; UserError for a setting that does not exist."""
     from pydantic import ValidationError
 
     try:
-        return DatasetConfig.model_validate(_merged(dict(base or {}), settings))
+        return DatasetConfig.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["dataset", *map(str, first["loc"])])
@@ -120,15 +118,6 @@ def make_dataset_config(
         if new := new_key(key):
             hint = f" It is called {new} now."
         raise UserError(f"{key}: {first['msg'].lower()}.{hint}") from error
-
-
-def _merged(below: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in over.items():
-        old = below.get(name)
-        if isinstance(old, dict) and isinstance(value, dict):
-            value = _merged(dict(old), value)
-        below[name] = value
-    return below
 
 
 def _value(word: str, text: str) -> Any:
@@ -148,7 +137,7 @@ def _value(word: str, text: str) -> Any:
     return text if value is None and text.startswith("#") else value
 
 
-def _known(key: str, name: str, names: tuple[str, ...]) -> str:
+def _check_name(key: str, name: str, names: tuple[str, ...]) -> str:
     if name in names:
         return name
     near = nearest_option(name, names)

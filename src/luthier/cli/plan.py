@@ -1,9 +1,9 @@
 """`luthier plan`: the memory of a run before it runs."""
 
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
@@ -95,7 +95,8 @@ def plan_and_advise(
         hardware = imagined or _this_machine(config, shardings, parsed)
         usual = shardings or _usual(hardware, config.quantization.is_enabled)
         memory_plan = plan_memory(config, hardware, usual)
-        longest, images = _largest_rows(config) or (0, ())
+        largest, problem = _find_largest_rows(config)
+        longest, images = largest or (0, ())
         bounded = bound_by_rows(config, longest)
         if bounded.chat.max_length != config.chat.max_length:
             allowed = memory_plan.workload.length, memory_plan.best.total
@@ -103,6 +104,9 @@ def plan_and_advise(
             memory_plan = replace(memory_plan, longest_allowed=allowed)
         elif images:
             memory_plan = plan_memory(config, hardware, usual, images)
+        elif problem:
+            note = f"No row was read, so the longest allowed row is planned. {problem}"
+            memory_plan = _with_note(memory_plan, note)
         elif bound_by_rows(config, 1) != config and not longest:
             note = (
                 "The rows are not encoded yet, so the longest allowed row is planned. After "
@@ -127,15 +131,17 @@ def _with_note(memory_plan: "MemoryPlan", note: str) -> "MemoryPlan":
     return replace(memory_plan, workload=with_note)
 
 
+_LONGEST_PROBLEM = 300
+"""Characters of the reason for which no rows were read."""
 _QUICKLY_ENCODED = 8 * 2**20
 """Bytes of data that are encoded for a plan where the cache does not hold their rows: seconds."""
 
 
-def _largest_rows(config: "RunConfig") -> "LargestRows | None":
-    """Return how large training rows get; None where that is not known in seconds.
+def _find_largest_rows(config: "RunConfig") -> "tuple[LargestRows | None, str]":
+    """Return how large training rows get, None where that is not known in seconds; and why.
 
     They are those of the cache. Small files that it does not hold are encoded, and nothing of that
-    stays. What keeps the rows from being read is for the training to say.
+    stays. What keeps the rows from being read is no error: a plan is also made where they are not.
     """
     from luthier.chat import ChatError
     from luthier.data.prepare import find_largest_rows, prepare
@@ -143,7 +149,7 @@ def _largest_rows(config: "RunConfig") -> "LargestRows | None":
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train.methods import make_row_encoders
 
-    with suppress(UserError, ChatError):
+    try:
         tokenizer, dataset = load_tokenizer(config.model), config.dataset
         encoders = make_row_encoders(config, tokenizer)
         largest = find_largest_rows(dataset, encoders, tokenizer)
@@ -151,9 +157,10 @@ def _largest_rows(config: "RunConfig") -> "LargestRows | None":
             with TemporaryDirectory() as cache:
                 elsewhere = dataset.model_copy(update={"cache": cache, "workers": 1})
                 prepare(elsewhere, encoders, tokenizer, config.seed)
-                return find_largest_rows(elsewhere, encoders, tokenizer)
-        return largest
-    return None
+                largest = find_largest_rows(elsewhere, encoders, tokenizer)
+    except (UserError, ChatError) as error:
+        return None, shorten(str(error), _LONGEST_PROBLEM, placeholder=" ...")
+    return largest, ""
 
 
 def _is_quickly_encoded(config: "RunConfig") -> bool:

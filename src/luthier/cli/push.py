@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     artifact = _artifact(parsed.overrides[0], parsed)
     if artifact.folder is None:
         raise UserError(f"{artifact.name}: this model is on the hub already.")
-    facts = _told(artifact, target, parsed)
+    facts = _collect_facts(artifact, target, parsed)
     from luthier.environment import quiet_libraries
 
     quiet_libraries()
@@ -99,7 +99,7 @@ def _artifact(word: str, parsed: ParsedArguments) -> Artifact:
     return find_artifact(str(merged_folder), trust=trust)
 
 
-def _told(artifact: Artifact, target: str, parsed: ParsedArguments) -> ModelFacts:
+def _collect_facts(artifact: Artifact, target: str, parsed: ParsedArguments) -> ModelFacts:
     """The facts with what was typed besides."""
     facts = model_facts.load_or_collect_facts(artifact)
     # What is typed wins over the record, and where nothing is typed the record's stands.

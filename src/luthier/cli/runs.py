@@ -16,7 +16,7 @@ from luthier.record.run_dir import RUNS, is_run_folder
 from luthier.storage import lock
 from luthier.storage.output_folder import MARKER
 from luthier.storage.sizes import folder_size, format_bytes
-from luthier.terminal import make_console, print_json, printable
+from luthier.terminal import format_duration, make_console, pluralize, print_json, printable
 
 COMMAND_LINE = CommandLine(
     "runs",
@@ -225,18 +225,16 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 
 def _cells(summary: RunSummary) -> tuple[str, ...]:
     """Return a run as texts, none of which is cut."""
-    from luthier.sweep.trials import format_time
-
     moment = summary.started and datetime.fromisoformat(summary.started).astimezone()
     trials = summary.trials
     return (
         printable(summary.folder.removeprefix(f"{RUNS}/")),
         summary.status,
         f"{moment:%Y-%m-%d %H:%M}" if moment else "",
-        f"{trials} trial{'' if trials == 1 else 's'}" if trials is not None
+        pluralize(trials, "trial") if trials is not None
         else "" if summary.step is None else f"{summary.step:,}",
         _result(summary),
-        "" if summary.seconds is None else format_time(summary.seconds),
+        "" if summary.seconds is None else format_duration(summary.seconds),
         "" if summary.bytes is None else format_bytes(summary.bytes),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from luthier.record.run_dir import describe_model_damage, find_run
 from luthier.redaction import redact
 from luthier.storage import lock
 from luthier.storage.sizes import folder_size, format_bytes
-from luthier.terminal import make_console
+from luthier.terminal import make_console, pluralize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,7 +184,7 @@ def _machine(record: dict[str, Any]) -> list[tuple[str, str]]:
     gpus = [gpu["name"] for gpu in hardware.get("gpus", [])]
     ways = [f"{name} {launch[name]}" for name in ("sharding", "precision") if name in launch]
     count = launch.get("processes")
-    processes = f"{count} process{'' if count == 1 else 'es'}, " if count else ""
+    processes = f"{pluralize(count, 'process', 'processes')}, " if count else ""
     return [
         ("launch", processes + ", ".join(ways)),
         ("device", f"{launch.get('device', '')} {', '.join(gpus)}".strip()),

@@ -176,7 +176,7 @@ def _check_value(value: Any, setting: CodeSetting) -> Iterator[str]:
 # Files beside a recipe.
 
 
-def place_code_files(value: Any, find_folder: Callable[[str], Path | None], key: str = "") -> Any:
+def resolve_code_paths(value: Any, find_folder: Callable[[str], Path | None], key: str = "") -> Any:
     """Return a config whose relative `python:file.py:name` are relative to the working folder.
 
     A file is looked for beside the YAML file that names it first, whose folder `find_folder` gives
@@ -184,17 +184,17 @@ def place_code_files(value: Any, find_folder: Callable[[str], Path | None], key:
     """
     if isinstance(value, Mapping):
         return {
-            _place(name, find_folder, key): place_code_files(
+            _resolve_code_path(name, find_folder, key): resolve_code_paths(
                 below, find_folder, f"{key}.{name}" if key else str(name)
             )
             for name, below in value.items()
         }
     if isinstance(value, list):
-        return [place_code_files(item, find_folder, key) for item in value]
-    return _place(value, find_folder, key)
+        return [resolve_code_paths(item, find_folder, key) for item in value]
+    return _resolve_code_path(value, find_folder, key)
 
 
-def _place(text: Any, find_folder: Callable[[str], Path | None], key: str) -> Any:
+def _resolve_code_path(text: Any, find_folder: Callable[[str], Path | None], key: str) -> Any:
     if not is_python_path(text):
         return text
     parsed = split_python_path(text)

@@ -376,7 +376,7 @@ def resolve_config(composed: ComposedConfig) -> dict[str, Any]:
             plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
         except OmegaConfBaseException as error:
             key = str(error.full_key)
-            composed.mistakes.append(Mistake(key, _interpolation_words(error)))
+            composed.mistakes.append(Mistake(key, _explain_interpolation(error)))
             OmegaConf.update(config, key, "???")
             composed.unsure.add(key)
         else:
@@ -410,7 +410,7 @@ def _without_hydra(composed: "ComposedConfig") -> "DictConfig":
     return config
 
 
-def _interpolation_words(error: "OmegaConfBaseException") -> str:
+def _explain_interpolation(error: "OmegaConfBaseException") -> str:
     from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
     if isinstance(error, GrammarParseError):

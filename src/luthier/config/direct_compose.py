@@ -8,7 +8,6 @@ recipes and choose options, and typed settings, without interpolations but `${lu
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import yaml
 
 from luthier.config.recipes import RecipeChain, bundled_folder, list_options
 from luthier.config.schema import GROUPS
-from luthier.storage.typed_files import FEW_VALUES, check_tree_size, compose_yaml
+from luthier.storage.typed_files import parse_config_yaml
 
 _HEADER = re.compile(r"# @package[ \t]+(\S+)")
 _BUNDLED = re.compile(r"\$\{luthier:(\w+)\}")
@@ -161,7 +160,7 @@ def _read(path: Path) -> ConfigFile:
         text = _BUNDLED.sub(lambda match: str(bundled_folder(match[1])), text)
     if "${" in text:
         raise _NotOrdinaryError
-    values = read_yaml(text)
+    values = parse_config_yaml(text)
     if not isinstance(values, dict):
         raise _NotOrdinaryError
     defaults = values.pop("defaults", None)
@@ -172,49 +171,3 @@ def _read(path: Path) -> ConfigFile:
     if len(header) > 1 or (header and match is None):
         raise _NotOrdinaryError
     return ConfigFile(values, defaults, match[1] if match else None)
-
-
-def read_yaml(text: str) -> Any:
-    """Return the value of a text of YAML as OmegaConf reads it; an empty mapping for no text.
-
-    Raises yaml.YAMLError, for a text that stands for too much as well, and ValueError for a key
-    that stands twice.
-    """
-    node = compose_yaml(text, loader=_loader())
-    # Before a value is made: a few lines of aliases stand for billions.
-    check_tree_size(node, max(len(text), FEW_VALUES))
-    value = _loader()("").construct_document(node) if node else None
-    return {} if value is None else value
-
-
-@cache
-def _loader() -> Any:
-    """Return a YAML loader that reads as OmegaConf's does (2.3), on libyaml where that is there.
-
-    As there, numbers may have an exponent without a dot (1e-4), dates stay texts, and no key stands
-    twice in a mapping.
-    """
-    base: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-
-    class ConfigLoader(base):
-        yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [(tag, regex) for tag, regex in resolvers if not tag.endswith("timestamp")]
-            for first, resolvers in base.yaml_implicit_resolvers.items()
-        }
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
-            names = [name.value for name, _ in node.value]
-            if len(names) != len({str(name) for name in names}):
-                raise _NotOrdinaryError
-            return super().construct_mapping(node, deep=deep)
-
-    ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-    return ConfigLoader
-
-
-_FLOAT = re.compile(
-    r"^(?:[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?"
-    r"|[-+]?[0-9]+(?:_[0-9]+)*[eE][-+]?[0-9]+|\.[0-9]+(?:_[0-9]+)*(?:[eE][-+][0-9]+)?"
-    r"|[-+]?[0-9]+(?:_[0-9]+)*(?::[0-5]?[0-9])+\.[0-9_]*|[-+]?\.(?:inf|Inf|INF)"
-    r"|\.(?:nan|NaN|NAN))$"
-)

@@ -77,24 +77,24 @@ def _read_or_load(read: _Reader, package: str, file: str, name: str) -> FieldTyp
     """Return what `read` finds in the source, from the cache folder if the source is unchanged."""
     if package == "luthier":
         return read(package, file, name)
-    place = _find_source(package, file)
-    if place is None:
+    source_file = _find_source(package, file)
+    if source_file is None:
         return None
-    key = zlib.crc32(f"{_READER_CHECKSUM} {place} {read.__name__}".encode())
-    kept = cache_root() / "library_fields" / f"{package}.{name}-{key:08x}.json"
-    fields = _load_kept(kept)
+    key = zlib.crc32(f"{_READER_CHECKSUM} {source_file} {read.__name__}".encode())
+    cached = cache_root() / "library_fields" / f"{package}.{name}-{key:08x}.json"
+    fields = _load_cached(cached)
     if fields is None:
         _read_files.clear()
         fields = read(package, file, name)
         if fields is not None:
-            _keep(kept, fields)
+            _store(cached, fields)
     return fields
 
 
-def _load_kept(kept: Path) -> FieldTypes | None:
+def _load_cached(cached: Path) -> FieldTypes | None:
     """Return the settings in a file of the cache; None where it is missing, damaged or old."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        content = json.loads(kept.read_bytes())
+        content = json.loads(cached.read_bytes())
         if all(_stamp(Path(file)) == stamp for file, stamp in content["files"].items()):
             return {
                 name: FieldType(frozenset(types), tuple(choices), *others)
@@ -103,7 +103,7 @@ def _load_kept(kept: Path) -> FieldTypes | None:
     return None
 
 
-def _keep(kept: Path, fields: FieldTypes) -> None:
+def _store(cached: Path, fields: FieldTypes) -> None:
     """Write settings to the cache; a folder that cannot be written is no error."""
     content = {
         "files": {str(file): _stamp(file) for file in _read_files},
@@ -113,10 +113,10 @@ def _keep(kept: Path, fields: FieldTypes) -> None:
         },
     }
     with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        new = kept.with_suffix(f".{os.getpid()}")
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        new = cached.with_suffix(f".{os.getpid()}")
         new.write_text(json.dumps(content), encoding="utf-8")
-        new.replace(kept)
+        new.replace(cached)
 
 
 def _stamp(file: Path) -> list[int]:
@@ -279,7 +279,7 @@ def _declared(package: str, file: str, node: ast.ClassDef) -> Iterator[tuple[str
             if not name.startswith("_") and "ClassVar" not in ast.dump(annotation):
                 default, text = _field_value(statement.value)
                 owner = f"{package}.{node.name}"
-                each = _kind(package, file, annotation)
+                each = _read_annotation(package, file, annotation)
                 yield name, replace(each, default=default, help=text, owner=owner)
 
 
@@ -321,16 +321,18 @@ def _parameters(package: str, file: str, args: ast.arguments) -> Iterator[tuple[
 
 def _parameter(package: str, file: str, arg: ast.arg, default: ast.expr | None) -> FieldType:
     if arg.annotation is not None:
-        return _kind(package, file, arg.annotation)
+        return _read_annotation(package, file, arg.annotation)
     if isinstance(default, ast.Constant) and type(default.value).__name__ in _SCALARS:
         return FieldType(frozenset({type(default.value).__name__}))
     return ANY_TYPE
 
 
-def _kind(package: str, file: str, node: ast.expr) -> FieldType:
+def _read_annotation(package: str, file: str, node: ast.expr) -> FieldType:
     """Read an annotation; what it does not surely say becomes `any`."""
     if isinstance(node, ast.BinOp):
-        return _kind(package, file, node.left) | _kind(package, file, node.right)
+        return _read_annotation(package, file, node.left) | _read_annotation(
+            package, file, node.right
+        )
     if isinstance(node, ast.Constant) and node.value is None:
         return FieldType(frozenset({"none"}))
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
@@ -348,7 +350,7 @@ def _subscript(package: str, file: str, name: str, inner: ast.expr) -> FieldType
         return _name(package, file, name)
     field_type = FieldType(frozenset({"none"} if name == "Optional" else ()))
     for argument in arguments:
-        field_type |= _kind(package, file, argument)
+        field_type |= _read_annotation(package, file, argument)
     return field_type
 
 

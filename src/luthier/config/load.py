@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from luthier.config import cross_checks, passthrough, recipes
-from luthier.config.code_settings import place_code_files
+from luthier.config.code_settings import resolve_code_paths
 from luthier.config.compose import (
     ComposedConfig,
     compose_config,
@@ -55,7 +55,7 @@ def check_composed(
     composed: ComposedConfig, overrides: list[str], is_trusted: bool = False
 ) -> LoadedConfig:
     """Check a composed configuration and freeze it; raises UserError with all mistakes."""
-    resolved = place_code_files(resolve_config(composed), lambda key: _find_folder(key, composed))
+    resolved = resolve_code_paths(resolve_config(composed), lambda key: _find_folder(key, composed))
     # Before anything is said of it: a message shows values.
     remember_secrets(resolved)
     pass_through_mistakes = passthrough.check_pass_through(resolved)

@@ -18,6 +18,7 @@ from luthier.storage.typed_files import (
     ExcessiveYamlError,
     check_yaml_size,
     compose_yaml,
+    parse_config_yaml,
 )
 
 # Where config groups and recipes lie: the user's own folders first, then the bundled ones.
@@ -209,10 +210,8 @@ def _load_with_omegaconf(path: Path) -> Any:
 
 def _read_plain(text: str) -> dict[Any, Any] | None:
     """Return what a YAML file without interpolations holds; None where OmegaConf has to read it."""
-    from luthier.config.direct_compose import read_yaml
-
     with suppress(ValueError, yaml.YAMLError):
-        content = read_yaml(text) if "${" not in text else None
+        content = parse_config_yaml(text) if "${" not in text else None
         return content if isinstance(content, dict) else None
     return None
 
@@ -224,11 +223,11 @@ def explain_yaml_error(error: yaml.MarkedYAMLError) -> Mistake:
     problem = str(error.problem)
     if isinstance(error, ExcessiveYamlError):
         return Mistake(where, f"{problem}.")
-    words = next((text for mark, text in _YAML_WORDS.items() if mark in problem), problem)
+    words = next((text for mark, text in _YAML_EXPLANATIONS.items() if mark in problem), problem)
     return Mistake(where, f"not valid YAML: {words}.")
 
 
-_YAML_WORDS = {
+_YAML_EXPLANATIONS = {
     "expected <block end>": "this line is not indented as the lines around it are",
     "mapping values are not allowed": "a second `:` in a line, or the indentation of this line is "
     "wrong; text with `: ` in it needs quotes",
@@ -344,9 +343,11 @@ def check_recipe_files(
     for path in read_recipe_chain(config.recipe, frozenset()).files.values():
         command = _read_first_command(path)
         written = read_key_comments(path) if command else {}
-        made = {key: value for key, value in missing.items() if value == _value_of(written, key)}
-        if made:
-            names = ", ".join(f"{value} ({key})" for key, value in made.items())
+        of_a_script = {
+            key: value for key, value in missing.items() if value == _value_of(written, key)
+        }
+        if of_a_script:
+            names = ", ".join(f"{value} ({key})" for key, value in of_a_script.items())
             raise UserError(
                 f"recipe={config.recipe} trains on files that a script makes, and these are not in "
                 f"{Path.cwd()}: {names}. Make them, then run the same command again:\n    {command}"

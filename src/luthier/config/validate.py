@@ -9,19 +9,20 @@ from itertools import islice
 from types import NoneType
 from typing import Any, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from luthier.config import library_fields
-from luthier.config.direct_compose import read_yaml
 from luthier.config.foreign_settings import FOREIGN_SETTINGS, explain_foreign_key
 from luthier.config.passthrough import PASS_THROUGH_KEYS
 from luthier.config.recipes import list_options
 from luthier.config.renamed_settings import new_key, new_value
 from luthier.config.schema import GROUPS, RunConfig
 from luthier.errors import Mistake, format_override, format_value, nearest_option, suggest_options
+from luthier.storage.typed_files import parse_config_yaml
 
-_WANTED = {
+_TYPE_NAMES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -68,14 +69,14 @@ def _build_models() -> None:
 def _mistakes(errors: Sequence[ErrorDetails]) -> Iterator[Mistake]:
     seen = set()
     for error in errors:
-        model, path = _place(error["loc"])
+        model, path = _locate_error(error["loc"])
         key = ".".join(path)
         if key not in seen:
-            yield Mistake(key, _words(error, model, path))
+            yield Mistake(key, _describe_error(error, model, path))
         seen.add(key)
 
 
-def _place(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
+def _locate_error(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
     """Return the innermost model on the way, and the key without pydantic's names of unions."""
     model: type[BaseModel] = RunConfig
     path = []
@@ -101,7 +102,7 @@ def _inner(annotation: Any) -> tuple[type[BaseModel], bool] | None:
     return (inner_type, is_named) if is_group else None
 
 
-def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
+def _describe_error(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
     error_type, typed_value = error["type"], format_value(error["input"])
     if error_type == "missing":
         return _missing(path, describe_key(model, path[-1]))
@@ -119,7 +120,7 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
         limit = error["ctx"][bound]
         limit_text = f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
         return f"{typed_value} is out of range: it must be {than} {limit_text}."
-    expected = _WANTED.get(error_type.split("_")[0])
+    expected = _TYPE_NAMES.get(error_type.split("_")[0])
     one_of_several = len(error["loc"]) > len(path) and isinstance(error["loc"][len(path)], str)
     if expected is None or one_of_several:
         return f"{typed_value} does not fit. {describe_key(model, path[-1])}"
@@ -130,10 +131,10 @@ def _show_form(key: str, expected: str, value: object) -> str:
     """Return a sentence with a list or a mapping as it is typed, where a text stands for one."""
     if not isinstance(value, str) or not value:
         return ""
-    if expected == _WANTED["list"]:
+    if expected == _TYPE_NAMES["list"]:
         return f" Write {format_override(key, [value])}."
     # bash takes {a: b,c: d} without quotes apart, into two settings.
-    if expected == _WANTED["dict"]:
+    if expected == _TYPE_NAMES["dict"]:
         name, _, text = (part.strip() for part in value.partition(":"))
         is_pair = name.isidentifier() and text
         form = format_override(key, {name: text} if is_pair else {"name": "value"})
@@ -195,7 +196,7 @@ def suggest_setting(flag: str, value: str) -> str | None:
     name = flag.lstrip("-").replace("-", "_")
     key = name if name in (*GROUPS, *RunConfig.model_fields) else None
     if foreign := None if key else FOREIGN_SETTINGS.get(name):
-        words = foreign.overrides(read_yaml(value)) if value else []
+        words = foreign.overrides(read_value(value)) if value else []
         if not value and "true" in foreign.values:
             words = foreign.overrides(True)
         return " ".join(words) or f"{foreign.keys[0]}=VALUE" if foreign.keys else None
@@ -204,7 +205,15 @@ def suggest_setting(flag: str, value: str) -> str | None:
     if key and not value:
         is_switch = key in RunConfig.model_fields and RunConfig.model_fields[key].annotation is bool
         return f"{key}={'true' if is_switch else 'VALUE'}"
-    return key and format_override(key, read_yaml(value))
+    return key and format_override(key, read_value(value))
+
+
+def read_value(text: str) -> Any:
+    """Return what a typed value is as YAML; the text itself where it is none."""
+    try:
+        return parse_config_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def _all_keys() -> Iterator[str]:

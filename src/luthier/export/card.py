@@ -7,6 +7,7 @@ import yaml
 
 from luthier.export.model_facts import DataFacts, ModelFacts
 from luthier.export.usage_snippets import python_snippet, requirements
+from luthier.terminal import format_duration
 
 # The YAML block at the head of a model card, as the hub reads it. A field that is not known is left
 # out, since nothing in a card is guessed.
@@ -259,14 +260,8 @@ def _training_section(facts: ModelFacts) -> str:
         )
         lines += ["", f"    luthier train {overrides}"]
     if facts.seconds is not None and facts.hardware:
-        lines += ["", f"Training took {_format_time(facts.seconds)} on {facts.hardware}."]
+        lines += ["", f"Training took {format_duration(facts.seconds)} on {facts.hardware}."]
     return "\n".join(lines)
-
-
-def _format_time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _versions_section(facts: ModelFacts) -> str:

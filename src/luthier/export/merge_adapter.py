@@ -303,14 +303,14 @@ def _build_target(order: MergeOrder, aside: Path, say: Say) -> None:
     # The check comes before packing: afterwards the difference of the packing would hide the
     # merge's.
     difference = _check_logits(order, aside, dtype, say) if order.verify else None
-    told = _collect_merged_facts(order, dtype, difference)
+    merged_facts = _collect_merged_facts(order, dtype, difference)
     if order.quantize is not None:
         from luthier.export.quantize import quantize_merged
 
         packed = quantize_merged(aside, order.quantize, order.first, say)
-        told = replace(told, packed=packed)
+        merged_facts = replace(merged_facts, packed=packed)
     plot = None if order.first.run is None else order.first.run / write_card.PLOT
-    write_card.write_descriptions(aside, told, chat_format, plot)
+    write_card.write_descriptions(aside, merged_facts, chat_format, plot)
 
 
 def _write_weights(order: MergeOrder, aside: Path, say: Say) -> str:

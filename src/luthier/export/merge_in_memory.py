@@ -150,9 +150,9 @@ def record_choices() -> Iterator[RouterChoices]:
     """Note what routers choose within the block."""
     choices = RouterChoices()
 
-    def record(found: Any, _: "Tensor") -> Any:
-        choices.chosen.append(found.indices)
-        return found
+    def record(result: Any, _: "Tensor") -> Any:
+        choices.chosen.append(result.indices)
+        return result
 
     with _watch_topk(record):
         yield choices
@@ -165,12 +165,12 @@ def replay_choices(choices: RouterChoices) -> Iterator[None]:
 
     recorded = iter(choices.chosen)
 
-    def replay(found: Any, scores: "Tensor") -> Any:
+    def replay(result: Any, scores: "Tensor") -> Any:
         indices = next(recorded, None)
         # Another number of calls, or of places, is another model: its own numbers then tell.
-        if indices is None or indices.shape != found.indices.shape:
-            return found
-        differs = indices.sort(-1).values != found.indices.sort(-1).values
+        if indices is None or indices.shape != result.indices.shape:
+            return result
+        differs = indices.sort(-1).values != result.indices.sort(-1).values
         choices.others += int(differs.any(-1).sum())
         choices.places += differs[..., 0].numel()
         # All routers of transformers (5.23) choose along the last axis.
@@ -190,9 +190,9 @@ def _watch_topk(handle: "Callable[[Any, Tensor], Any]") -> Iterator[None]:
         def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            found = func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
             is_topk = func in (torch.topk, torch.Tensor.topk)
-            return handle(found, args[0] if args else kwargs["input"]) if is_topk else found
+            return handle(result, args[0] if args else kwargs["input"]) if is_topk else result
 
     with Watch():
         yield

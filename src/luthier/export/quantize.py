@@ -87,9 +87,9 @@ def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[s
         copy_processor_files(write_card.find_missing_processor(artifact), aside)
         chat_format = write_card.chat_format_of(artifact)
         packed = quantize_merged(aside, name, artifact, say)
-        told = replace(model_facts.load_or_collect_facts(artifact), packed=packed)
+        facts = replace(model_facts.load_or_collect_facts(artifact), packed=packed)
         plot = None if artifact.run is None else artifact.run / write_card.PLOT
-        write_card.write_descriptions(aside, told, chat_format, plot)
+        write_card.write_descriptions(aside, facts, chat_format, plot)
     say(describe_written(target))
 
 

@@ -126,18 +126,18 @@ def group_tensors(shapes: Mapping[str, Shape], model: Any) -> list[WeightGroup]:
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     weights = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    sources_by_name: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     # In transformers' own order: it is that of the experts, and some renamings wait for others.
     for name in sorted(shapes, key=dot_natural_key):
         renamed, pattern = _rename(name, renamings, converters, model, weights)
         if renamed not in weights:
             continue
         conversion = None if pattern is None else by_pattern[pattern]
-        _, sources = found.setdefault(renamed, (conversion, {}))
+        _, sources = sources_by_name.setdefault(renamed, (conversion, {}))
         sources.setdefault(pattern or name, []).append(name)
     return [
         _make_group(first, conversion, sources, shapes, model, weights)
-        for first, (conversion, sources) in found.items()
+        for first, (conversion, sources) in sources_by_name.items()
     ]
 
 

@@ -25,7 +25,7 @@ class AnswerFile:
         Raises UserError for a file that another command made.
         """
         # Through JSON and back, so that it equals what is read: tuples become lists, for one.
-        self.path, self._made = path, json.loads(json.dumps(origin))
+        self.path, self._origin = path, json.loads(json.dumps(origin))
         self.record = path.with_name(path.name + RECORD)
         with explain_write_errors(path, "-o"):
             self.done = self._take()
@@ -43,7 +43,7 @@ class AnswerFile:
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # The record first: a file without one is taken for somebody else's.
-            write_json(self.record, self._made)
+            write_json(self.record, self._origin)
             self.path.touch()
             return 0
         self._check()
@@ -60,7 +60,7 @@ class AnswerFile:
             raise UserError(f"-o {self.path}: this is a folder. Name a file.")
         # An empty file has nothing to lose: any command may begin in it.
         if not self.path.stat().st_size:
-            write_json(self.record, self._made)
+            write_json(self.record, self._origin)
             return
         old = load_json(self.record, dict[str, Any], "Choose another name for the replies.")
         if old is None:
@@ -70,10 +70,10 @@ class AnswerFile:
             )
         # Replies of two models or settings in one file could not be told apart later.
         differing = sorted(
-            key for key in {*old, *self._made} if old.get(key) != self._made.get(key)
+            key for key in {*old, *self._origin} if old.get(key) != self._origin.get(key)
         )
         if differing:
-            lines = [f"  {key}: {_short(old.get(key))} -> {_short(self._made.get(key))}"
+            lines = [f"  {key}: {_short(old.get(key))} -> {_short(self._origin.get(key))}"
                      for key in differing]  # fmt: skip
             raise UserError(
                 f"-o {self.path}: this file was begun with other settings:\n"

@@ -23,7 +23,7 @@ from luthier.infer.prompts import Prompt
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 from luthier.metrics import Metric, Prediction
 
-_SHOWN = 5
+_MOST_EXAMPLES = 5
 _LINES = (".jsonl", ".txt", ".json")
 
 
@@ -126,8 +126,8 @@ def _blank_lines(opened: OpenedSource) -> Iterator[str]:
         with file.open(encoding="utf-8", errors="replace") as lines:
             blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
         if blank:
-            line_numbers = ", ".join(map(str, blank[:_SHOWN]))
-            more = ", ..." if len(blank) > _SHOWN else ""
+            line_numbers = ", ".join(map(str, blank[:_MOST_EXAMPLES]))
+            more = ", ..." if len(blank) > _MOST_EXAMPLES else ""
             count = "an empty line" if len(blank) == 1 else f"{len(blank):,} empty lines"
             yield f"{name}: {count}, passed over: {line_numbers}{more}"
 
@@ -216,8 +216,8 @@ def list_questions(example: Mapping[str, Any], columns: Mapping[str, Any]) -> li
     """
     row, inputs = {**example, **columns}, template_inputs(example)
     prompt, reply = split_prompt_and_reply(example)
-    said = [*prompt, *reply]
-    offers_tools = bool(inputs.get("tools")) or any(each.get("tool_calls") for each in said)
+    turns = [*prompt, *reply]
+    offers_tools = bool(inputs.get("tools")) or any(each.get("tool_calls") for each in turns)
     make = partial(Question, template_inputs=inputs, row=row, offers_tools=offers_tools)
     questions = []
     for number, message in enumerate(prompt if offers_tools and "messages" in example else ()):

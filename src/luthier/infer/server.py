@@ -213,9 +213,13 @@ class ModelServer:
             with self._counted():
                 _check_content_type(request)
                 body = await _read_body(request, self._body_bytes)
-                asked = parse_request(request_class, _parse_json(body))
-                self._check_model(asked.model)
-            return ReplyResponse(self._reply, asked, form_class(asked, asked.model or self._name))
+                reply_request = parse_request(request_class, _parse_json(body))
+                self._check_model(reply_request.model)
+            return ReplyResponse(
+                self._reply,
+                reply_request,
+                form_class(reply_request, reply_request.model or self._name),
+            )
 
         return answer
 

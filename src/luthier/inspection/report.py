@@ -24,7 +24,7 @@ from luthier.inspection.statistics import (
 )
 from luthier.inspection.survey import Survey
 from luthier.model.tokenizer import describe_padding
-from luthier.terminal import make_console, print_table
+from luthier.terminal import make_console, pluralize, print_table
 
 _EQUAL = {
     "exact": "equal to an earlier row",
@@ -32,11 +32,6 @@ _EQUAL = {
 }
 Lines = Iterator[str]
 """Lines of a section; one that is set in by two more spaces belongs to the line before it."""
-
-
-def count_rows(count: int, what: str = "row") -> str:
-    """A number of rows in words."""
-    return f"{count:,} {what if count == 1 else what + 's'}"
 
 
 def source_lines(survey: Survey) -> Lines:
@@ -50,26 +45,26 @@ def _source_values(account: RowOutcomes, stops: bool, keys: Mapping[str, int]) -
     opened = account.opened
     config, row_format = opened.config, opened.row_format
     label = shorten_location(opened.source.label)
-    images = count_rows(len(account.different_images), "different image")
+    images = pluralize(len(account.different_images), "different image")
     yield (
-        f"{opened.key}: {label}, type {row_format.type}, {count_rows(len(account))}"
+        f"{opened.key}: {label}, type {row_format.type}, {pluralize(len(account), 'row')}"
         f"{f', {images}' if account.different_images else ''}"
     )
     if row_format.unused:
         yield f"  columns that are not read: {', '.join(row_format.unused)}"
     if keys:
-        counts = ", ".join(f"{name} ({count_rows(count)})" for name, count in keys.items())
+        counts = ", ".join(f"{name} ({pluralize(count, 'row')})" for name, count in keys.items())
         yield f"  keys of messages that are not read: {counts}"
     if config.map is not None:
         left_out, read_rows = opened.source.left_out
-        yield f"  map {config.map} leaves out {left_out:,} of {count_rows(read_rows)}"
+        yield f"  map {config.map} leaves out {left_out:,} of {pluralize(read_rows, 'row')}"
     if config.filter is not None:
-        yield f"  filter {config.filter} leaves out {count_rows(account.bad.filtered)}"
+        yield f"  filter {config.filter} leaves out {pluralize(account.bad.filtered, 'row')}"
     if config.train_on is not None:
         yield f"  train_on {config.train_on}"
     if account.bad.rows:
-        yield f"  cannot be read, {'stops the training' if stops else 'dropped'}: " + count_rows(
-            len(account.bad.rows)
+        yield f"  cannot be read, {'stops the training' if stops else 'dropped'}: " + pluralize(
+            len(account.bad.rows), "row"
         )
 
 
@@ -83,7 +78,7 @@ def duplicate_lines(survey: Survey) -> Lines:
     for equality, description in _EQUAL.items():
         if equal[equality].rows:
             outcome = "left out" if equality in left_out else "kept"
-            head = f"{description}: {count_rows(equal[equality].rows)}, {outcome}"
+            head = f"{description}: {pluralize(equal[equality].rows, 'row')}, {outcome}"
             yield from _equals(equal[equality], f"{head} (dataset.deduplicate={setting})")
 
 
@@ -101,19 +96,18 @@ def held_out_lines(survey: Survey) -> Lines:
     if how := describe_hold_out(config.dataset.eval, config.seed):
         yield how
     for name, overlap in survey.summary.overlaps().items():
-        yield f"{name}: {count_rows(overlap.rows)}{_overlap(overlap)}"
+        yield f"{name}: {pluralize(overlap.rows, 'row')}{_overlap(overlap)}"
 
 
 def _overlap(overlap: HeldOutOverlap) -> str:
     description = ""
     if overlap.equal:
-        description += (
-            f"; left out of training because they equal one of them: {count_rows(overlap.equal)}"
-        )
+        rows = pluralize(overlap.equal, "row")
+        description += f"; left out of training because they equal one of them: {rows}"
     if overlap.similar:
         description += (
             f"; train although they differ from one of them in case, white space or Unicode form "
-            f"only: {count_rows(overlap.similar)}"
+            f"only: {pluralize(overlap.similar, 'row')}"
         )
     return description or "; no training row equals one of them"
 
@@ -127,11 +121,11 @@ def label_lines(survey: Survey) -> Lines:
         total = sum(account.labels.values())
         if not total:
             continue
-        yield f"{account.opened.key}: {count_rows(len(account.labels), 'different label')}"
+        yield f"{account.opened.key}: {pluralize(len(account.labels), 'different label')}"
         for label, count in account.labels.most_common(_MOST_LABELS):
             yield f"  {label}: {count:,} ({count / total:.1%})"
         if len(account.labels) > _MOST_LABELS:
-            yield f"  ... and {count_rows(len(account.labels) - _MOST_LABELS, 'more label')}"
+            yield f"  ... and {pluralize(len(account.labels) - _MOST_LABELS, 'more label')}"
 
 
 def missing_rule_lines(survey: Survey) -> Lines:
@@ -162,14 +156,17 @@ def batch_lines(fill: BatchFill, can_pack: bool = True) -> Lines:
 def _packed(layout: BatchLayout | None) -> str:
     if layout is None:
         return "packing needs chat.max_length"
-    return f"{count_rows(layout.rows)} of {layout.length:,} tokens, {layout.efficiency:.1%} full"
+    return (
+        f"{pluralize(layout.rows, 'row')} of {layout.length:,} tokens, {layout.efficiency:.1%} full"
+    )
 
 
 def _padded(layout: BatchLayout, strategy: str) -> str:
     width = "the longest" if layout.length is None else f"{layout.length:,} tokens"
     order = ", grouped by length" if strategy == "group_by_length" else ""
+    rows = pluralize(layout.rows, "row")
     return (
-        f"{count_rows(layout.rows)}, {layout.batch_size} in a batch{order}, padded to {width}: "
+        f"{rows}, {layout.batch_size} in a batch{order}, padded to {width}: "
         f"{1 - layout.efficiency:.1%} of tokens are padding"
     )
 
@@ -293,9 +290,9 @@ _HARMLESS = ("windows", "split")
 """Outcomes of which one example is enough."""
 
 
-def print_report(survey: Survey, console: Console | None = None) -> None:
+def print_report(survey: Survey) -> None:
     """Print what the sources are, what they make, what was found, and the rules."""
-    console = console or make_console()
+    console = make_console()
     title = f"{survey.material.name}: the whole dataset"
     if survey.limit is not None:
         title = f"{survey.material.name}: the first {survey.limit:,} rows of each source"
@@ -344,7 +341,7 @@ def _show_lines(console: Console, head: str, lines: Iterable[str]) -> None:
 
 
 def _show_finding(console: Console, account: RowOutcomes, finding: Finding) -> None:
-    of = f"{count_rows(finding.rows)} of {account.opened.key}"
+    of = f"{pluralize(finding.rows, 'row')} of {account.opened.key}"
     head = f"\n{_OUTCOMES[finding.outcome]}: {of}, {finding.reason}"
     console.print(Text(head, style="bold"), soft_wrap=True)
     examples = finding.examples[: 1 if finding.outcome in _HARMLESS else None]
@@ -428,7 +425,7 @@ def _show_end(console: Console, survey: Survey) -> None:
     are = "is" if broken == 1 else "are"
     line = f"{broken} of {len(survey.rules)} rules {are} broken" if broken else "every rule holds"
     if count := len(survey.warnings):
-        line += f"; {count} {'warning' if count == 1 else 'warnings'}"
+        line += f"; {pluralize(count, 'warning')}"
     console.print(Text(f"\n{line}", style="bold red" if broken else "bold green"))
 
 

@@ -341,7 +341,7 @@ class PromptComparison:
             if other is None:
                 self.prompts.note(row.place, None)
                 continue
-            tokens = self._shown({"luthier": ids, "transformers": other})
+            tokens = self._tokens_at_difference({"luthier": ids, "transformers": other})
             self.prompts.note(row.place, f"the prompt of message {reply.message} differs", tokens)
         turns = len(sequence.replies)
         # A processor processes all images of a row for each of its prompts.
@@ -369,12 +369,14 @@ class PromptComparison:
         for first, second in zip(sequences, others, strict=False):
             if first.input_ids != second.input_ids:
                 named = {chosen: first.input_ids, other: second.input_ids}
-                return RuleExample(row.place, "the tokens differ here", self._shown(named))
+                return RuleExample(
+                    row.place, "the tokens differ here", self._tokens_at_difference(named)
+                )
         return RuleExample(
             row.place, f"{chosen}: {len(sequences)} sequences, {other}: {len(others)} sequences"
         )
 
-    def _shown(self, named: dict[str, list[int]]) -> dict[str, str]:
+    def _tokens_at_difference(self, named: dict[str, list[int]]) -> dict[str, str]:
         """Both lists of tokens around the place where they part."""
         at = first_difference(*named.values())
         return {name: tokens_around(ids, at, self._text_of) for name, ids in named.items()}

@@ -90,7 +90,9 @@ class ServedCheck:
         if served == turn.prompt:
             self.prompts.note(turn.where, None)
         else:
-            self.prompts.note(turn.where, self._why(turn, served), self._shown(turn.prompt, served))
+            self.prompts.note(
+                turn.where, self._why(turn, served), self._tokens_at_difference(turn.prompt, served)
+            )
         if turn.reply:
             last = turn.reply[-1]
             wrong = f"it ends with {self._text_of(last)} ({last})"
@@ -168,7 +170,7 @@ class ServedCheck:
         except UserError:  # a model whose processor cannot be had is served for text alone
             return None
 
-    def _shown(self, trained: list[int], served: list[int] | str) -> dict[str, str]:
+    def _tokens_at_difference(self, trained: list[int], served: list[int] | str) -> dict[str, str]:
         if isinstance(served, str):
             return {}
         at = first_difference(trained, served)

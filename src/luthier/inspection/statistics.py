@@ -74,8 +74,8 @@ def find_duplicates(
 ) -> DuplicateRows:
     """Find the rows that equal an earlier one.
 
-    `prints` tells which are equal, `places` where each row stands. `known`: other fingerprints;
-    rows that equal an earlier one by these too are not counted.
+    `prints` tells which are equal, `places` where each row stands. Rows that equal an earlier one
+    by `other_prints`, too, are not counted.
     """
     first = _firsts(prints)
     repeated = first != np.arange(len(prints))

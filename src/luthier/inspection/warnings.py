@@ -28,6 +28,7 @@ from luthier.model.untrained_tokens import (
     find_weights_folder,
     template_token_ids,
 )
+from luthier.terminal import pluralize
 
 
 class RunWarning(NamedTuple):
@@ -95,8 +96,10 @@ def collect_run_facts(
         ids = [*template_token_ids(tokenizer, _template_texts(chat_encoder)), *stops]
         new = set(config.model.add_tokens) | set(config.model.add_special_tokens)
         if (embeddings := find_embeddings(folder)) is not None:
-            found = find_untrained_tokens(embeddings, ids, max(tokenizer.get_vocab().values()) + 1)
-            texts = tokenizer.convert_ids_to_tokens(found)
+            untrained_ids = find_untrained_tokens(
+                embeddings, ids, max(tokenizer.get_vocab().values()) + 1
+            )
+            texts = tokenizer.convert_ids_to_tokens(untrained_ids)
             untrained = [text for text in texts if text not in new]
     is_token_rows = config.trainer.base_method in _TOKEN_METHODS and lengths is not None
     return RunFacts(
@@ -266,7 +269,7 @@ def _epochs(facts: RunFacts) -> Iterator[RunWarning]:
         fix = f"trainer.args.num_train_epochs={_MOST_EPOCHS // 4}"
         yield RunWarning(
             "trainer.args.max_steps" if steps > 0 else "trainer.args.num_train_epochs",
-            f"each of the {_count(facts.rows, 'row')} is seen {epochs:,.0f} times, and beyond "
+            f"each of the {pluralize(facts.rows, 'row')} is seen {epochs:,.0f} times, and beyond "
             f"{_MOST_EPOCHS} times a model learns rows by heart and little else.",
             f"trainer.args.max_steps=-1 {fix}" if steps > 0 else fix,
         )
@@ -281,16 +284,12 @@ def _few_steps(facts: RunFacts, steps_per_epoch: int, steps: int) -> Iterator[Ru
     else:
         epochs = min(_MOST_EPOCHS // 2, math.ceil(_ENOUGH_STEPS / steps_per_epoch))
         fix = f"trainer.args.num_train_epochs={epochs}"
+    rows, count = pluralize(facts.rows, "row"), pluralize(steps, "optimizer step")
     yield RunWarning(
         "trainer.args.num_train_epochs",
-        f"the {_count(facts.rows, 'row')} make {_count(steps, 'optimizer step')} in all, which "
-        "rarely changes what a model does.",
+        f"the {rows} make {count} in all, which rarely changes what a model does.",
         fix,
     )
-
-
-def _count(number: int, unit: str) -> str:
-    return f"{number:,} {unit if number == 1 else unit + 's'}"
 
 
 # Padding and packing.
@@ -335,8 +334,8 @@ def _can_pack(facts: RunFacts) -> bool:
     return find_packing_problem(facts.model_fields) is None
 
 
-def _round_up(length: int, step: int = 64) -> int:
-    return -(-length // step) * step
+def _round_up(length: int) -> int:
+    return -(-length // 64) * 64
 
 
 # Rows that stand on both sides.
@@ -348,7 +347,7 @@ def _held_out_rows(facts: RunFacts) -> Iterator[RunWarning]:
             of = f"of the evaluation set {name}" if name not in ("", "held out") else "held out"
             yield RunWarning(
                 "dataset.deduplicate",
-                f"{_count(count, 'training row')} {'equals' if count == 1 else 'equal'} a row "
+                f"{pluralize(count, 'training row')} {'equals' if count == 1 else 'equal'} a row "
                 f"{of} but for case, white space or Unicode form, so the evaluation looks better "
                 "than the model is.",
                 "dataset.deduplicate=normalised",

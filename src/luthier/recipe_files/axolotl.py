@@ -383,7 +383,7 @@ def _steps(conversion: Conversion) -> None:
         conversion.set_key("seed", conversion.take("seed"), "seed", "draws the order, and more")
 
 
-_OWN_OPTIMIZERS = {"optimi_adamw": "adamw_torch", "ao_adamw_8bit": "adamw_torch_8bit",
+_RENAMED_OPTIMIZERS = {"optimi_adamw": "adamw_torch", "ao_adamw_8bit": "adamw_torch_8bit",
                    "ao_adamw_4bit": "adamw_torch_4bit"}  # fmt: skip
 """Optimizers of axolotl that transformers has under another name."""
 _SCHEDULES = {"one_cycle": "cosine", "rex": "cosine", "log_sweep": "cosine"}
@@ -425,8 +425,8 @@ def _optimizer_name(conversion: Conversion) -> None:
         conversion.differ("optimizer", "muon is luthier's own; its AdamW part has the same rate.")
     elif name in choices:
         conversion.set_key("trainer.args.optim", name, key, "the optimizer")
-    elif name in _OWN_OPTIMIZERS:
-        other = _OWN_OPTIMIZERS[name]
+    elif name in _RENAMED_OPTIMIZERS:
+        other = _RENAMED_OPTIMIZERS[name]
         conversion.set_key("trainer.args.optim", other, key, "the optimizer")
         conversion.differ("optimizer", f"{name} is {other} in transformers.")
     else:
@@ -591,10 +591,10 @@ def _trackers(conversion: Conversion) -> None:
         ("trackio", "use_trackio", "trackio_project_name trackio_space_id"),
         ("tensorboard", "use_tensorboard", ""),
     ):
-        wanted = conversion.take(switch)
+        is_on = conversion.take(switch)
         # As in axolotl, the first of the keys switches its tracker on.
         is_named = any(conversion.has(key) for key in keys.split()[:1])
-        if wanted or (wanted is None and is_named):
+        if is_on or (is_on is None and is_named):
             trackers.append(name)
             conversion.count_as_carried(switch)
             conversion.rename(keys)

@@ -18,10 +18,10 @@ from luthier.recipe_files.conversion import (
 )
 from luthier.recipe_files.draft import recipe_name
 
-_KNOWN_MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog")
+_MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 """Columns of messages that luthier finds without a mapping."""
 _TRAIN_FLAGS = ("train", "training", "trainable", "loss", "loss_mask", "weight", "loss_weight")
-_OWN_PROMPT = (
+_OTHER_PROMPT = (
     "axolotl writes the prompt in a format of its own, without the chat template; luthier puts the "
     "instruction into a user's message and the model's chat template writes the text, as a server "
     "will."
@@ -166,7 +166,7 @@ def _rows(conversion: Conversion, left: dict[str, Any], key: str) -> dict[str, A
     if family.split(".")[0] in ("chat_template", "sharegpt", "llama2_chat"):
         return _messages(conversion, left, key)
     if family in _INSTRUCTIONS:
-        conversion.differ(key, f"type: {name}: {_OWN_PROMPT}")
+        conversion.differ(key, f"type: {name}: {_OTHER_PROMPT}")
         columns = dict(_INSTRUCTIONS[family])
         kind = "alpaca" if "instruction" in columns else "prompt_completion"
         return {"type": kind, "columns": columns} if columns else {}
@@ -193,8 +193,8 @@ def _messages(conversion: Conversion, left: dict[str, Any], key: str) -> dict[st
             "keys can be dataset.map (`luthier docs code`)."
         )
     kind, ours = MESSAGE_FORMS[names]
-    settings: dict[str, Any] = {} if column in _KNOWN_MESSAGES else {"type": kind}
-    if column not in _KNOWN_MESSAGES:
+    settings: dict[str, Any] = {} if column in _MESSAGE_COLUMNS else {"type": kind}
+    if column not in _MESSAGE_COLUMNS:
         settings["columns"] = {ours: column}
     if (tools := left.pop("field_tools", "tools")) not in ("tools", "functions"):
         settings.setdefault("columns", {})["tools"] = tools
@@ -256,7 +256,7 @@ def _described(conversion: Conversion, type_: Mapping[str, Any], key: str) -> di
     columns = {ours: type_[name] for name, ours in names.items() if type_.get(name)}
     formats = [n for n in type_ if n.endswith("format") and type_[n]]
     if formats:
-        conversion.differ(key, f"{', '.join(formats)}: {_OWN_PROMPT}")
+        conversion.differ(key, f"{', '.join(formats)}: {_OTHER_PROMPT}")
     settings: dict[str, Any] = {}
     method = conversion.draft.options["trainer"]
     if "chosen" in columns or method in ("dpo", "cpo", "orpo", "reward"):
@@ -288,7 +288,7 @@ def _preference(
         if (value := left.pop(field, ours)) != ours:
             columns[ours] = value
     column = left.pop("field_messages", None)
-    if column and column not in ("messages", "prompt", *_KNOWN_MESSAGES):
+    if column and column not in ("messages", "prompt", *_MESSAGE_COLUMNS):
         columns["prompt"] = column
     if family in ("chatml", "llama3", "zephyr"):
         conversion.differ(

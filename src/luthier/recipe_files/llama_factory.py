@@ -239,8 +239,8 @@ def _datasets(conversion: Conversion, dataset_info: Path | None) -> None:
     sources = [described.source(name, "dataset") for name in names]
     set_sources(conversion, sources, "dataset")
     if tests:
-        found = [described.source(name, "eval_dataset") for name in tests]
-        set_eval_sources(conversion, found, "eval_dataset")
+        eval_sources = [described.source(name, "eval_dataset") for name in tests]
+        set_eval_sources(conversion, eval_sources, "eval_dataset")
     _mixture(conversion, list(conversion.draft.settings), len(sources))
     size = conversion.take("val_size", 0.0)
     key = "val_size" if conversion.source.get("val_size") is not None else ""

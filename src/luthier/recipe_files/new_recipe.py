@@ -10,6 +10,7 @@ from luthier.model.positions import read_max_positions
 from luthier.recipe_files.draft import RecipeDraft
 from luthier.recipe_files.model_choice import ModelChoice
 from luthier.recipe_files.row_survey import RowSurvey, TokenLengths
+from luthier.terminal import pluralize
 
 TRAINERS = {
     "conversation": "sft",
@@ -134,17 +135,13 @@ def _set_dataset(inputs: RecipeInputs, draft: RecipeDraft) -> None:
         comment = "texts hold it where an image of the row stands"
         draft.set_key("dataset.image_placeholder", TYPED_PLACEHOLDER, comment)
     if survey.repeated:
-        count = _count(len(survey.repeated), "row repeats", "rows repeat")
+        count = pluralize(len(survey.repeated), "row repeats", "rows repeat")
         draft.set_key("dataset.deduplicate", "exact", f"{count} another one and would count twice")
     if survey.bad.rows:
-        count = _count(len(survey.bad.rows), "row", "rows")
+        count = pluralize(len(survey.bad.rows), "row")
         comment = f"{count} that cannot be read; they are listed in dropped.jsonl"
         draft.set_key("dataset.on_bad_row", "drop", comment)
     _hold_out(inputs, draft)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"1 {one}" if number == 1 else f"{number:,} {many}"
 
 
 def _hold_out(inputs: RecipeInputs, draft: RecipeDraft) -> None:
@@ -193,7 +190,7 @@ def _set_chat(inputs: RecipeInputs, draft: RecipeDraft) -> None:
     elif inputs.lengths is None:
         comment = "tokens of the longest sequence; `luthier check` shows how long yours are"
     elif over:
-        about = _count(over, "row is", "rows are")
+        about = pluralize(over, "row is", "rows are")
         comment = f"tokens of the longest sequence; about {about} longer, see on_long"
     else:
         comment = (
@@ -204,7 +201,7 @@ def _set_chat(inputs: RecipeInputs, draft: RecipeDraft) -> None:
         comment = "a longer row loses whole turns from its front; drop leaves it out"
         draft.set_key("chat.on_long", "turns", comment)
     if survey.empty:
-        count = _count(len(survey.empty), "row has", "rows have")
+        count = pluralize(len(survey.empty), "row has", "rows have")
         comment = f"{count} an empty reply, which would teach the model to stop at once"
         draft.set_key("chat.empty_replies", "drop", comment)
     if survey.roles and sum(survey.roles.values()) * 10 <= survey.rows:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from luthier.terminal import pluralize
+
 Points = list[tuple[float, float]]
 """Pairs of a step and a value, in the order of the steps."""
 
@@ -90,31 +92,31 @@ class Line:
         return f"var(--s{self.color})" if self.color else "var(--line)"
 
 
-def thin_out(points: Points, limit: int = MAX_POINTS) -> Points:
-    """Return at most `limit` of these points: of each stretch its lowest and its highest.
+def thin_out(points: Points) -> Points:
+    """Return at most `MAX_POINTS` of these points: of each stretch its lowest and its highest.
 
     So no spike is lost. The first and the last point stay.
     """
-    if len(points) <= limit:
+    if len(points) <= MAX_POINTS:
         return points
-    stretches = (limit - 2) // 2
-    inner, kept = points[1:-1], [points[0]]
+    stretches = (MAX_POINTS - 2) // 2
+    inner, thinned = points[1:-1], [points[0]]
     for number in range(stretches):
         begin, end = (len(inner) * n // stretches for n in (number, number + 1))
         ends = {min(range(begin, end), key=lambda n: inner[n][1]),
                 max(range(begin, end), key=lambda n: inner[n][1])}  # fmt: skip
-        kept += [inner[n] for n in sorted(ends)]
-    return [*kept, points[-1]]
+        thinned += [inner[n] for n in sorted(ends)]
+    return [*thinned, points[-1]]
 
 
-def smooth_points(points: Points, weight: float = 0.9) -> Points | None:
+def smooth_points(points: Points) -> Points | None:
     """Return the moving average, corrected for its start (Kingma & Ba 2015, section 3).
 
     None where there are too few points: it would only lag behind.
     """
     if len(points) < _SMOOTHED_POINTS:
         return None
-    average, smooth, count = 0.0, [], 0
+    weight, average, smooth, count = 0.9, 0.0, [], 0
     for step, value in points:
         if value - value == 0:  # neither infinite nor NaN
             count += 1
@@ -134,7 +136,7 @@ def draw_lines(title: str, lines: Sequence[Line], note: str = "") -> str:
     if not lines:
         return ""
     if invalid:
-        note_parts.append(f"{invalid:,} {'value is' if invalid == 1 else 'values are'} not finite")
+        note_parts.append(f"{pluralize(invalid, 'value is', 'values are')} not finite")
     values = [value for line in lines for _, value in (*line.points, *(line.smooth or ()))]
     steps = [step for line in lines for step, _ in line.points]
     is_log = title.endswith(_LOG_NAMES) and 0 < min(values) < max(values) / 20
@@ -187,7 +189,7 @@ def draw_histogram(title: str, bars: Sequence[tuple[int, int, int]], note: str =
         top = frame.y(count)
         gap = min(1.0, (right - left) / 5)
         span = f"{begin:,}" if begin == end else f"{begin:,} to {end:,}"
-        hint = escape(f"{span} tokens: {count:,} {'sequence' if count == 1 else 'sequences'}")
+        hint = escape(f"{span} tokens: {pluralize(count, 'sequence')}")
         shapes.append(
             f'<rect class="bar" x="{left:.1f}" y="{top:.1f}" width="{right - left - gap:.1f}" '
             f'height="{max(_HEIGHT - _BOTTOM - top, 1 if count else 0):.1f}" data-h="{hint}"/>'

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from luthier.report.charts import format_number
+from luthier.terminal import pluralize
 
 MAX_TEXT = 1500
 """Characters of a reply or a prompt on a page."""
@@ -121,7 +122,7 @@ def html_charts(charts: Iterable[str]) -> str:
     first, more = charts[:_FIRST_CHARTS], charts[_FIRST_CHARTS:_MAX_CHARTS]
     html = f'<div class="charts">{"".join(first)}</div>'
     if more:
-        count = f"{len(more)} more {'curve' if len(more) == 1 else 'curves'}"
+        count = pluralize(len(more), "more curve")
         html += html_details(count, f'<div class="charts">{"".join(more)}</div>')
     if len(charts) > _MAX_CHARTS:
         left_out = f"{len(charts) - _MAX_CHARTS:,} further curves are left out"

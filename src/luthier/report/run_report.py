@@ -37,6 +37,7 @@ from luthier.report.html_elements import (
 from luthier.report.run_files import RunFiles, read_run_files
 from luthier.report.scores import INTERVAL_NOTE, Result, describe_interval, read_results
 from luthier.storage.atomic import write_text
+from luthier.terminal import pluralize
 from luthier.web_page import render_page
 
 REPORT_FILE = "report.html"
@@ -126,8 +127,7 @@ def describe_run(run: RunFiles) -> str:
     processes = (run.record.get("launch") or {}).get("processes") or 1
     seconds = run.record.get("training_seconds") or run.record.get("seconds")
     took = f" in {format_duration(seconds)}" if seconds else ""
-    count = run.last_step
-    steps = f"{count:,} {'step' if count == 1 else 'steps'}" if count else "no step was logged"
+    steps = pluralize(run.last_step, "step") if run.last_step else "no step was logged"
     return (
         f"{model}{f' ({gguf[0]})' if gguf else ''}, trained by {method} ({_describe_weights(run)}) "
         f"on {rows} of {_describe_data(run)}: {steps}{took} on "
@@ -383,7 +383,7 @@ def _config_section(run: RunFiles) -> str:
     recipe = run.record.get("recipe")
     base = f"recipe <code>{escape(str(recipe))}</code>" if recipe else "no recipe"
     typed = [word for word in overrides if not word.startswith("recipe=")]
-    html = f"<p>{base}, {len(typed)} {'override' if len(typed) == 1 else 'overrides'}.</p>"
+    html = f"<p>{base}, {pluralize(len(typed), 'override')}.</p>"
     if typed:
         words = [html_cut(word, _MAX_OVERRIDE_CHARS) for word in typed[:_MAX_OVERRIDES]]
         more = [f"… {len(typed) - len(words):,} more"] if len(typed) > len(words) else []
@@ -433,26 +433,26 @@ def _commit(state: Mapping[str, Any]) -> str:
     if not state.get("commit"):
         return ""
     changed = len(state.get("changed_files") or [])
-    files = f", with changes in {changed} {'file' if changed == 1 else 'files'}" if changed else ""
+    files = f", with changes in {pluralize(changed, 'file')}" if changed else ""
     return f"{str(state['commit'])[:12]} on {state.get('branch')}{files}"
 
 
 def _warnings_section(run: RunFiles) -> str:
     """Return what a reader of the numbers has to know: what was left out, changed or cut."""
-    found = [*_recorded_warnings(run), *_data_warnings(run)]
+    warnings = [*_recorded_warnings(run), *_data_warnings(run)]
     if any(session.get("status") == "killed" for session in run.record.get("sessions") or []):
-        found.append("A part of the run was killed; it was resumed from a checkpoint.")
+        warnings.append("A part of the run was killed; it was resumed from a checkpoint.")
     for extension in run.record.get("extended") or []:
         changes = ", ".join(map(str, extension.get("changes", [])))
-        found.append(
+        warnings.append(
             f"The run was given another length at step {extension.get('at_step')}: {changes}."
         )
     git = (run.record.get("git") or {}).get("luthier") or {}
     if git.get("dirty"):
-        found.append("luthier's own code had changes on top of its commit; they are in code/.")
-    if not found:
+        warnings.append("luthier's own code had changes on top of its commit; they are in code/.")
+    if not warnings:
         return ""
-    return "".join(f'<p class="note">{text}</p>' for text in map(escape, found))
+    return "".join(f'<p class="note">{text}</p>' for text in map(escape, warnings))
 
 
 def _recorded_warnings(run: RunFiles) -> list[str]:
@@ -467,16 +467,19 @@ def _recorded_warnings(run: RunFiles) -> list[str]:
 def _data_warnings(run: RunFiles) -> list[str]:
     train = (run.record.get("data") or {}).get("train") or {}
     warnings = [
-        f"{count:,} {'row was' if count == 1 else 'rows were'} left out of training: {reason}."
+        f"{pluralize(count, 'row was', 'rows were')} left out of training: {reason}."
         for reason, count in (train.get("dropped") or {}).items()
     ]
     if train.get("cut_rows"):
-        warnings.append(f"{train['cut_rows']:,} rows were cut to fit chat.max_length.")
+        count = pluralize(train["cut_rows"], "row was", "rows were")
+        warnings.append(f"{count} cut to fit chat.max_length.")
     if train.get("lossy_rows"):
-        warnings.append(f"{train['lossy_rows']:,} rows are not shown whole by the chat template.")
+        count = pluralize(train["lossy_rows"], "row is", "rows are")
+        warnings.append(f"{count} not shown whole by the chat template.")
     if run.dropped:
         examples = "; ".join(f"{row.get('where')}: {row.get('problem')}" for row in run.dropped[:3])
-        warnings.append(f"dropped.jsonl lists {len(run.dropped):,} rows, such as {examples}"[:1000])
+        count = pluralize(len(run.dropped), "row")
+        warnings.append(f"dropped.jsonl lists {count}, such as {examples}"[:1000])
     return warnings
 
 

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -108,6 +109,52 @@ def compose_yaml(text: str, name: str = "", loader: Any = None) -> yaml.Node | N
     # What yaml calls the text in its errors.
     stream.name = name
     return yaml.compose(stream, yaml.SafeLoader)
+
+
+def parse_config_yaml(text: str) -> Any:
+    """Return the value of a text of YAML as OmegaConf reads it; an empty mapping for no text.
+
+    Raises yaml.YAMLError, for a text that stands for too much as well, and ValueError for a key
+    that stands twice.
+    """
+    node = compose_yaml(text, loader=_config_loader())
+    # Before a value is made: a few lines of aliases stand for billions.
+    check_tree_size(node, max(len(text), FEW_VALUES))
+    value = _config_loader()("").construct_document(node) if node else None
+    return {} if value is None else value
+
+
+@cache
+def _config_loader() -> Any:
+    """Return a YAML loader that reads as OmegaConf's does (2.3), on libyaml where that is there.
+
+    As there, numbers may have an exponent without a dot (1e-4), dates stay texts, and no key stands
+    twice in a mapping.
+    """
+    base: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+
+    class ConfigLoader(base):
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, regex) for tag, regex in resolvers if not tag.endswith("timestamp")]
+            for first, resolvers in base.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+            names = [name.value for name, _ in node.value]
+            if len(names) != len({str(name) for name in names}):
+                raise ValueError("a key stands twice")
+            return super().construct_mapping(node, deep=deep)
+
+    ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    return ConfigLoader
+
+
+_FLOAT = re.compile(
+    r"^(?:[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9]+(?:_[0-9]+)*[eE][-+]?[0-9]+|\.[0-9]+(?:_[0-9]+)*(?:[eE][-+][0-9]+)?"
+    r"|[-+]?[0-9]+(?:_[0-9]+)*(?::[0-5]?[0-9])+\.[0-9_]*|[-+]?\.(?:inf|Inf|INF)"
+    r"|\.(?:nan|NaN|NAN))$"
+)
 
 
 def _measure_yaml(node: yaml.Node, sizes: dict[int, tuple[float, float]]) -> tuple[float, float]:

@@ -13,12 +13,12 @@ from luthier.sweep.trials import (
     best_trial,
     describe_tie,
     format_distinct,
-    format_time,
     format_value,
     rank_trials,
     short_names,
     tied_trials,
 )
+from luthier.terminal import format_duration
 from luthier.web_page import render_page
 
 _STYLE = """\
@@ -93,7 +93,7 @@ def _trial_table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> st
     for number, trial in enumerate(ranked):
         cells = [trial.name, *(format_value(trial.params.get(key, "")) for key in keys)]
         cells += [column[number] for column in columns]
-        cells += [str(trial.step or ""), format_time(trial.seconds), trial.state]
+        cells += [str(trial.step or ""), format_duration(trial.seconds), trial.state]
         style = ' class="best"' if trial.number in best_numbers else ""
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         rows.append(f"<tr{style}>{row}</tr>")

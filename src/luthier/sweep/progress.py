@@ -16,9 +16,9 @@ from luthier.sweep.trials import (
     completed_trials,
     format_number,
     format_params,
-    format_time,
     trial_table,
 )
+from luthier.terminal import format_duration
 
 _EVERY = 0.5
 """Seconds between two drawings."""
@@ -57,7 +57,7 @@ class PlainProgress:
         mark = "  (best so far)" if is_best else ""
         # The person need not know which of the two it is: the same command goes on with both.
         state = "can go on" if trial.state in ("waiting", "interrupted") else trial.state
-        took = format_time(trial.seconds)
+        took = format_duration(trial.seconds)
         self.say(f"{_label_trial(trial)} {state} after {took}{why}  {numbers}{mark}".rstrip())
 
     def show(self, trials: list[Trial], running: dict[int, str]) -> None:

@@ -42,7 +42,7 @@ _NOTHING = (
 _OVERWRITE = (
     "a sweep never overwrites a trial. Choose another output_dir=..., or delete the old folder."
 )
-_SHOWN = 3
+_MOST_EXAMPLES = 3
 _OF_THE_MODEL = ("path", "revision", "tokenizer", "add_tokens", "add_special_tokens")
 _OF_THE_MACHINE = ("workers", "cache")
 
@@ -267,13 +267,13 @@ def data_key(resolved: dict[str, Any]) -> str:
 def _describe_bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
     """Return the mistakes of all trials; one that all share is said as in a single run."""
     texts = []
-    for text, points in islice(bad.items(), _SHOWN):
+    for text, points in islice(bad.items(), _MOST_EXAMPLES):
         point_text = " ".join(f"{key}={value}" for key, value in points[0].items())
         of_all = len(points) == total
         texts.append(
             text if of_all else f"{point_text} ({len(points)} of {total} checked):\n{text}"
         )
-    more = len(bad) - _SHOWN
+    more = len(bad) - _MOST_EXAMPLES
     return "\n".join(texts) + (f"\nand {more} further kinds of mistakes" if more > 0 else "")
 
 

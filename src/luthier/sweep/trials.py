@@ -20,6 +20,7 @@ from luthier.redaction import redact_text
 from luthier.storage.atomic import write_json, write_text
 from luthier.storage.typed_files import DamagedFileError, load_json
 from luthier.sweep.objective import Objective
+from luthier.terminal import format_duration
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "interrupted"]
 ENDED = ("finished", "pruned", "failed")
@@ -319,7 +320,7 @@ def trial_table(
         style = "bold" if trial.number in front else None
         cells = [trial.name, *(format_value(trial.params.get(key, "")) for key in keys)]
         cells += [column[number] for column in columns]
-        cells += [str(trial.step or ""), format_time(trial.seconds) if trial.seconds else ""]
+        cells += [str(trial.step or ""), format_duration(trial.seconds) if trial.seconds else ""]
         table_view.add_row(
             *map(Text, cells), _format_state(trial, (where or {}).get(trial.number)), style=style
         )
@@ -351,14 +352,6 @@ def format_distinct(values: Sequence[float | None], digits: int = 5) -> list[str
     while digits < _MOST_DIGITS and len({f"{v:.{digits}g}" for v in different}) < len(different):
         digits += 1
     return ["" if value is None else f"{value:.{digits}g}" for value in values]
-
-
-def format_time(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = int(seconds // 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d}"
 
 
 def write_csv(trials: Sequence[Trial], objectives: Sequence[Objective], path: Path) -> None:
