@@ -70,6 +70,14 @@ ONE_MISTAKE = {
         ["model=hub", "dataset=quickstart"],
         ["model.path: has no value. Add model.path=V"],
     ),
+    "a source's value that is left to be set": (
+        ["model=hub", "model.path=x", "dataset=mixture", "dataset.sources.mine.path=???"],
+        ["dataset.sources.mine.path: has no value. Add dataset.sources.mine.path=VALUE. A file"],
+    ),
+    "a library's value that is left to be set": (
+        [Q, "trainer.args.lr_scheduler_kwargs.min_lr=???"],
+        ["Add trainer.args.lr_scheduler_kwargs.min_lr=VALUE."],
+    ),
     "no value, said where": (["model=hub", "dataset=quickstart"], ["hub.yaml:4]", "A hub name, a"]),
     # types
     "whole number": ([Q, "seed=x"], ["seed: 'x' is not a whole number."]),

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel
 
 from luthier.config import cross_checks, passthrough, recipes
 from luthier.config.code_settings import resolve_code_paths
@@ -137,15 +138,16 @@ def _unset(node: Any, key: str = "") -> list[str]:
 def _no_value(key: str) -> str:
     if key in GROUPS:
         return f"nothing is chosen. Add {key}=NAME: {', '.join(list_options(key))}."
-    model: Any = RunConfig
     *path, name = key.split(".")
+    model: Any = RunConfig
     for component in path:
-        model = (
-            model.model_fields[component].annotation
-            if component in model.model_fields
-            else RunConfig
-        )
-    return f"has no value. Add {key}=VALUE. {describe_key(model, name)}".rstrip()
+        # A name that is no field is the user's own, of a source or an evaluation set.
+        if model and (field := model.model_fields.get(component)):
+            classes = [field.annotation, *get_args(field.annotation)]
+            models = [c for c in classes if isinstance(c, type) and issubclass(c, BaseModel)]
+            model = models[0] if models else None
+    text = describe_key(model, name) if model else ""
+    return f"has no value. Add {key}=VALUE. {text}".rstrip()
 
 
 def _grouped(composed: ComposedConfig, mistakes: list[Mistake]) -> list[Mistake]:
