@@ -74,6 +74,10 @@ ONE_MISTAKE = {
         ["model=hub", "model.path=x", "dataset=mixture", "dataset.sources.mine.path=???"],
         ["dataset.sources.mine.path: has no value. Add dataset.sources.mine.path=VALUE. A file"],
     ),
+    "a folder named by a variable that is not set": (
+        [Q, "output_dir=${oc.env:LUTHIER_NO_SUCH}/x"],
+        ["output_dir: \"Environment variable 'LUTHIER_NO_SUCH' not found\". Set it"],
+    ),
     "a library's value that is left to be set": (
         [Q, "trainer.args.lr_scheduler_kwargs.min_lr=???"],
         ["Add trainer.args.lr_scheduler_kwargs.min_lr=VALUE."],

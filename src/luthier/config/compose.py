@@ -249,10 +249,10 @@ def compose_config(lines: list[str], with_hydra: bool = False) -> ComposedConfig
     from omegaconf import OmegaConf, open_dict
 
     choices = dict(config.hydra.runtime.choices)
-    mistakes += _useless_name(config.get("output_dir"), typed)
     # A name that holds `${...}` is resolved in the folder's name, too.
     named = OmegaConf.masked_copy(config, ["output_dir", "name", "model", "dataset"])
     plain = cast(dict[str, Any], OmegaConf.to_container(named))
+    mistakes += _useless_name(plain.get("output_dir"), typed)
     with open_dict(config):
         for key, value in _late_values(plain, choices, typed, lines):
             OmegaConf.update(config, key, value, force_add=True)
