@@ -1,11 +1,13 @@
 """`luthier evaluate`: the numbers against plain arithmetic, and what is said of wrong words."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from helpers import adapter_runs as material
 from helpers.chatml import jsonl
@@ -225,3 +227,16 @@ def test_a_mistake_is_said_in_words(luthier, run, base_model, tmp_path, words, s
         "evaluate", *(word.format(run=run, tiny=base_model, labels=labels) for word in words)
     )
     assert code == 2 and says in err
+
+
+@pytest.mark.parametrize(
+    "count, says, is_few",
+    [(1, "held out: 1 row\n", True), (9, "held out: 9 rows\n", True), (10, ": 10 rows\n", False)],
+)
+def test_few_rows_are_named_as_too_few_for_intervals(count, says, is_few):
+    numbers = {"loss": {"tuned": {"value": 1.0, "low": 0.9, "high": 1.1}}}
+    result = compare.Comparison("held out", count, 0, {}, numbers, "", [], [], [])
+    console = Console(file=io.StringIO(), width=80)
+    compare.print_comparison(result, console)
+    out = console.file.getvalue()
+    assert says in out and ("too few for intervals" in out) == is_few

@@ -551,7 +551,7 @@ def test_openais_own_client_understands_it(tuned_llm, expected):
         with pytest.raises(openai.BadRequestError, match="n: must be 1") as refused:
             client.chat.completions.create(**question, n=2)
         assert (refused.value.param, refused.value.type) == ("n", "invalid_request_error")
-        with pytest.raises(openai.NotFoundError, match="This server has tiny"):
+        with pytest.raises(openai.NotFoundError, match="This server has `tiny`"):
             client.chat.completions.create(model="gpt-4", messages=QUESTION)
 
 

@@ -180,17 +180,23 @@ def _asked_rows(
     return rows
 
 
+_FEW_ROWS = 10
+"""Below this number a bootstrap over rows draws nearly the same rows each time."""
+
 # Tables for the terminal; `--json` and `-o` hold the same numbers as plain values.
 
 
 def print_comparison(result: Comparison, console: Console, against: str = "base") -> None:
     """Print the numbers of a set, and rows won and lost; `against`: the other model's name."""
     left = ", ".join(f"{count:,} {why}" for why, count in result.left_out.items())
-    head = f"{result.name}: {result.rows:,} rows" + (f"; left out: {left}" if left else "")
+    rows_word = "row" if result.rows == 1 else "rows"
+    head = f"{result.name}: {result.rows:,} {rows_word}" + (f"; left out: {left}" if left else "")
     if result.asked and result.asked != result.rows:
         head += f"; {result.asked:,} answered"
     console.print(Text(f"\n{head}", style="bold"))
     print_table(console, comparison_values(result.numbers, against))
+    if result.rows < _FEW_ROWS:
+        console.print(f"{result.rows} {rows_word}: too few for intervals that can be trusted.")
     # Two models have rows won and lost; one alone has its worst. The other lists are empty.
     groups = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
     for name, rows in groups:

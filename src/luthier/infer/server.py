@@ -265,7 +265,7 @@ class ModelServer:
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._name:
-            text = f"model: there is no model of this name. This server has {self._name}."
+            text = f"model: there is no model of this name. This server has `{self._name}`."
             raise ApiError(text, param="model", code="model_not_found", status=404)
 
     @contextmanager
