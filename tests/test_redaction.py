@@ -1,10 +1,12 @@
 """No secret gets into a record, wherever it stands."""
 
 import json
+import re
 import subprocess
 
 import pytest
 
+from luthier import redaction
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
 from luthier.record.record import RunRecord
 from luthier.record.run_dir import open_run
@@ -49,6 +51,29 @@ def test_an_override_and_a_config_are_scrubbed(monkeypatch):
         "hub_token": "(hidden)",
         "tokens": "kept",
     }
+
+
+PLAIN_LISTS = {
+    "words": ("lora.target_modules=[q_proj, v_proj,a/b.c-d]", None),
+    "numbers and constants": ("a.b=[1,-2,3.5,1e-4,true,null,1_000]", None),
+    "below a harmless option": ("dataset.options.storage.region=[eu-1,us-2]", None),
+    "of a secret key": ("a.passwords=[x1,y2]", "a.passwords=['(hidden)', '(hidden)']"),
+    "of a group of secrets": ("a.storage.b=[x1,y2]", "a.storage.b=['(hidden)', '(hidden)']"),
+    "of numbers below a secret key": ("a.token=[1,2]", None),
+    "with a token": (f"a.b=[x,{TOKEN}]", "a.b=['x', '(hidden)']"),
+    "with a value of the environment": ("a.b=[x-y-z-secret]", "a.b=['(hidden)']"),
+    "of which a number is a secret": ("a.pin=[1234,x]", None),
+    "of a password in digits": ("a.password=[1234]", "a.password=['(hidden)']"),
+}
+
+
+@pytest.mark.parametrize(("override", "safe"), PLAIN_LISTS.values(), ids=PLAIN_LISTS)
+def test_a_list_that_needs_no_parser_is_scrubbed_as_by_hydras(override, safe, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "x-y-z-secret")
+    assert redaction._PLAIN_LIST.fullmatch(override.partition("=")[2])
+    assert redact_override(override) == (override if safe is None else safe)
+    monkeypatch.setattr(redaction, "_PLAIN_LIST", re.compile(r"(?!)"))
+    assert redact_override(override) == (override if safe is None else safe)
 
 
 def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch):

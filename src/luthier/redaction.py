@@ -305,6 +305,9 @@ def redact_override(override: str) -> str:
     names = re.split(r"[./@:]", key.lstrip("+~"))
     if not equals or not typed:
         return redact_text(override)
+    # Hydra's parser takes longer to import than most commands take to answer a mistake.
+    if _PLAIN_LIST.fullmatch(typed) and _shows_plain_list(names, typed):
+        return f"{redact_text(key)}={typed}"
     # Only what holds other values is taken apart, which is slow.
     value = _parse_value(override) if re.search(r"[{\[(]", typed) else None
     if value is None:
@@ -323,6 +326,21 @@ def redact_override(override: str) -> str:
     if isinstance(value, str):
         return f"{redact_text(key)}={redacted}"
     return f"{redact_text(key)}={_as_override_value(redacted)}"
+
+
+_PLAIN_LIST = re.compile(r"\[[\w./-]+(?:, *[\w./-]+)*\]", re.ASCII)
+"""A list of numbers, constants and words without quotes."""
+
+
+def _shows_plain_list(names: list[str], typed: str) -> bool:
+    """Return whether nothing is hidden in a list that is set for a key of these names.
+
+    Each item is looked at as a text, of which at least as much is hidden as of a number.
+    """
+    nested: Any = typed[1:-1].replace(" ", "").split(",")
+    for name in reversed(names):
+        nested = {name: nested}
+    return bool(redact(nested) == nested)
 
 
 def _parse_value(override: str) -> Any:

@@ -10,9 +10,9 @@ from transformers.utils.chat_template_utils import _cached_compile_jinja_templat
 
 from helpers.chatml import CHATML, byte_tokenizer
 from luthier.chat import ChatEncoder, ChatError, template_probe
-from luthier.chat.template import ChatTemplate, read_template
+from luthier.chat.template import ChatTemplate
+from luthier.chat.template_file import MAX_TEMPLATE_CHARS, read_template
 from luthier.chat.template_probe import (
-    MAX_TEMPLATE_CHARS,
     ProbeLimits,
     check_template,
     make_plain_environment,

@@ -120,7 +120,8 @@ def test_a_simple_override_needs_no_parser(typed):
 def test_a_mistake_imports_neither_hydra_nor_omegaconf():
     code = (
         "import sys\nfrom luthier.cli.train import main, train\n"
-        "assert main(train, ['recipe=quickstart', 'lora.rr=3', 'seed=x']) == 2\n"
+        "typed = ['lora.rr=3', 'seed=x', 'lora.target_modules=[q_proj,v_proj]']\n"
+        "assert main(train, ['recipe=quickstart', *typed]) == 2\n"
         "heavy = {'torch', 'hydra', 'omegaconf', 'antlr4', 'numpy', 'rich'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

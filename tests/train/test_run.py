@@ -47,6 +47,22 @@ def test_a_broken_file_is_named_with_its_line(capsys, rows, tmp_path, lines, par
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistake_in_a_setting_is_answered_before_what_reads_rows_and_models_is_imported():
+    code = (
+        "import sys\nfrom luthier.cli.train import main, train\n"
+        "float16 = ['model.device=cpu', 'model.dtype=float16']\n"
+        "for typed in (['chat.template=none.jinja'], float16):\n"
+        "    assert main(train, ['recipe=quickstart', *typed]) == 2\n"
+        "readers = {'luthier.data', 'luthier.model.source', 'luthier.record.run_dir'}\n"
+        "libraries = {'torch', 'hydra', 'omegaconf', 'numpy', 'jinja2', 'tokenizers', 'psutil'}\n"
+        "early = (readers | libraries) & set(sys.modules)\n"
+        "sys.exit(f'imported {early}' if early else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "`none.jinja` is neither" in done.stderr and "float16 needs a GPU" in done.stderr
+
+
 def test_a_missing_file_is_named_with_its_neighbour(capsys, rows, tmp_path):
     rows(json.dumps(ROW))
     text = said(

@@ -16,7 +16,8 @@ from luthier.chat.fast_path import FastPath
 from luthier.chat.images import ImageExpander
 from luthier.chat.labels import EncodedSequence, LabelBuilder
 from luthier.chat.roles import RoleChecker
-from luthier.chat.template import TEMPLATE_INPUTS, ChatTemplate, read_template
+from luthier.chat.template import TEMPLATE_INPUTS, ChatTemplate
+from luthier.chat.template_file import read_template
 from luthier.chat.tokens import TokenEncoder
 from luthier.chat.tool_arguments import ArgumentConverter
 from luthier.chat.turns import SequencePlanner

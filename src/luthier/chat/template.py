@@ -10,8 +10,6 @@ from datetime import date as Date
 from datetime import datetime
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from pathlib import Path
-from stat import S_ISREG
 from typing import Any, Self
 
 import jinja2
@@ -32,7 +30,8 @@ from luthier.chat.jinja_env import (
 )
 from luthier.chat.prefix_tracking import PrefixTracker, TrackedMessages
 from luthier.chat.provenance import TracedStr, concat_strings, concat_traced, join_runs, with_runs
-from luthier.chat.template_probe import ENDLESS, MAX_TEMPLATE_CHARS, TOO_LARGE, check_template
+from luthier.chat.template_file import read_template
+from luthier.chat.template_probe import ENDLESS, TOO_LARGE, check_template
 from luthier.chat.types import ChatError
 
 _TYPE_NAMES = (
@@ -305,21 +304,6 @@ def _variable_names(body: list[nodes.Node], context: str) -> set[str]:
     return {name.name for name in names if name.ctx == context}
 
 
-def read_template(template: str) -> str:
-    """Return a template given as text or as the path of a file, as text."""
-    if "{" in template or "\n" in template:
-        return template
-    try:
-        return _read_template_file(Path(template).expanduser())
-    except (OSError, RuntimeError, ValueError) as error:  # an unknown ~user, a null character
-        why = "there is no such file" if isinstance(error, FileNotFoundError) else error
-        raise ChatError(
-            f"the chat template `{template}` is neither Jinja text nor a file that can be read "
-            f"({why})",
-            reason="no template",
-        ) from None
-
-
 def check_template_syntax(template: str) -> None:
     """Raise ChatError for a template that cannot be read or whose Jinja is broken.
 
@@ -336,25 +320,6 @@ def check_template_syntax(template: str) -> None:
         raise ChatError(
             f"the chat template is not valid Jinja: {error}{where}", reason="bad template"
         ) from None
-
-
-def _read_template_file(path: Path) -> str:
-    """Return the text of a file; raises ValueError for what cannot be a template's."""
-    status = path.stat()
-    if not S_ISREG(status.st_mode):
-        raise ValueError("it is a folder, a pipe or a device")
-    with path.open("rb") as file:
-        data = file.read(MAX_TEMPLATE_CHARS + 1)
-    if len(data) > MAX_TEMPLATE_CHARS:
-        raise ValueError(f"it is longer than {MAX_TEMPLATE_CHARS:,} bytes")
-    # The files of /proc and /sys say that they are empty, or a page long, whatever they hold.
-    if len(data) != status.st_size:
-        raise ValueError("it is no ordinary file")
-    text = data.decode("utf-8")
-    if "{{" not in text and "{%" not in text:
-        raise ValueError("it has no Jinja in it, neither {{ nor {%")
-    # As Python reads a file as text.
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @lru_cache(maxsize=64)

@@ -25,12 +25,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from luthier.chat.template_file import MAX_TEMPLATE_CHARS
 from luthier.chat.types import ChatError
 
 PROBE_VERSION = 2
 """Raise it when other conversations or limits decide: what passed before is tried again."""
-MAX_TEMPLATE_CHARS = 1_000_000
-"""Characters of a template; the longest on the hub have 50,000."""
 ENDLESS, TOO_LARGE = "template without end", "template fills the memory"
 """Reasons of errors about a template that calls itself, or fills the memory, at a row."""
 MAX_WRITTEN_CHARS = 20_000_000

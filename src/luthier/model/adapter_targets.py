@@ -170,8 +170,10 @@ def check_names_in_files(config: RunConfig) -> None:
     folder = _find_weights(config.model) if config.lora.is_enabled else None
     if folder is None:
         return
-    _check_experts_in_files(config, folder)
-    if not (layers := _read_layer_names(folder)):
+    weights = _read_weight_names(folder)
+    layers = _layer_names(weights)
+    _check_experts_in_files(config, folder, weights, layers)
+    if not layers:
         return
     targets = config.lora.target_modules
     names = {"target_modules": targets if isinstance(targets, list) else []}
@@ -192,7 +194,9 @@ def _find_weights(model: ModelConfig) -> Path | None:
     return folder
 
 
-def _check_experts_in_files(config: RunConfig, folder: Path) -> None:
+def _check_experts_in_files(
+    config: RunConfig, folder: Path, weights: list[str], layers: set[str]
+) -> None:
     """Raise UserError for settings that experts do not take, and for parameters nobody names."""
     with suppress(OSError, ValueError):
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -200,8 +204,7 @@ def _check_experts_in_files(config: RunConfig, folder: Path) -> None:
         for mistake in check_adapter(config.lora, config.quantization.bits, is_mixture):
             raise UserError(f"{mistake.key}: {mistake.text}")
         model_type = str(architecture.get("model_type")) if is_mixture else ""
-        check_layers_in_files(config.lora, model_type, _read_layer_names(folder))
-    weights = _read_weight_names(folder)
+        check_layers_in_files(config.lora, model_type, layers)
     for target in config.lora.target_parameters if weights else ():
         is_named = any(f".{name}".endswith(f".{target}") for name in weights)
         if not is_named and not _is_named_in_code(folder, target):
@@ -211,9 +214,9 @@ def _check_experts_in_files(config: RunConfig, folder: Path) -> None:
             )
 
 
-def _read_layer_names(folder: Path) -> set[str]:
-    """Return the names of the layers with weights, and of all that holds them."""
-    parts = [name.split(".")[:-1] for name in _read_weight_names(folder)]
+def _layer_names(weights: list[str]) -> set[str]:
+    """Return the names of the layers that have these weights, and of all that holds them."""
+    parts = [name.split(".")[:-1] for name in weights]
     return {".".join(part[: end + 1]) for part in parts for end in range(len(part))}
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import UserError
 from luthier.storage import cache
 from luthier.storage.manifest import hash_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 CONVERSION_VERSION = 1
 """Raise it when the conversion's result changes: folders of an older version are not used."""
@@ -133,8 +133,11 @@ def save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
         (folder / "chat_template.jinja").write_bytes(template.encode())
 
 
-def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+def build_tokenizer(metadata: Mapping[str, Any]) -> "Tokenizer":
     """Return the tokenizer of a byte-level GGUF vocabulary whose rule is in `RULES`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
     rule = PRE_TOKENIZER_RULES[metadata["tokenizer.ggml.pre"]]
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     pairs = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
@@ -153,8 +156,11 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _pre_tokenizer(rule: PreTokenizerRule) -> PreTokenizer:
+def _pre_tokenizer(rule: PreTokenizerRule) -> "PreTokenizer":
     """Return the tokenizers component that cuts text by a rule, before the merges."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
     if rule.split:
         pieces = Split(Regex(rule.split), behavior="isolated")
         return Sequence([pieces, ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -166,6 +172,8 @@ def _pre_tokenizer(rule: PreTokenizerRule) -> PreTokenizer:
 
 def _post_processor(metadata: Mapping[str, Any]) -> Any:
     """Return the tokenizers component that puts the begin token in front, where the file has it."""
+    from tokenizers import processors
+
     byte_level = processors.ByteLevel(trim_offsets=False)
     if not metadata.get("tokenizer.ggml.add_bos_token"):
         return byte_level

@@ -1,44 +1,32 @@
-"""The order of a run: everything that can fail cheaply first, then the model, then the training."""
+"""The order of a run: everything that can fail cheaply first, then the model, then the training.
+
+Imports stand where they are needed: those that read files of data, models and runs take as long as
+all that is needed to answer a mistake in a setting.
+"""
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier import data, model
 from luthier.chat import ChatError
-from luthier.chat.template import check_template_syntax
+from luthier.chat.template_file import read_template
 from luthier.config.code_settings import describe_code
 from luthier.config.recipes import check_recipe_files
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.data.batching.settings import read_batching_settings
 from luthier.environment import set_environment
 from luthier.errors import UserError
-from luthier.model.adapter_targets import check_names_in_files
 from luthier.model.device import check_requirements
-from luthier.model.packing_support import check_packing_support
-from luthier.model.positions import check_max_length
-from luthier.record.checkpoints import list_checkpoints
-from luthier.record.config_diff import describe_config_changes, find_code_changes
-from luthier.record.record import read_record
-from luthier.record.run_dir import (
-    RunDir,
-    inspect_run,
-    is_run_finished,
-    open_run,
-    refuse_damaged_model,
-)
-from luthier.storage.output_folder import name_some
 from luthier.storage.write_errors import explain_write_errors
-from luthier.train import reward_checks, trackers
-from luthier.train.launch.checks import check_launch_request, refuse_changed_launch
-from luthier.train.launch.fsdp import check_fsdp_launch
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, StoppedBySignal, write_exit_code
 
 if TYPE_CHECKING:
     from luthier.config import LoadedConfig
+    from luthier.data import DatasetSources
+    from luthier.record.run_dir import RunDir
     from luthier.train.loop import AfterSave
 
 
@@ -71,6 +59,8 @@ def run(loaded: "LoadedConfig", after_save: "AfterSave | None" = None) -> int:
 
 def _describe_early_stop(stopped: StoppedBySignal, folder: Path) -> str:
     """Return what to do after a signal that came where no step was being taken."""
+    from luthier.record.checkpoints import list_checkpoints
+
     newest = list_checkpoints(folder / "checkpoints")[-1:]
     if newest:
         _, path = newest[0]
@@ -78,25 +68,34 @@ def _describe_early_stop(stopped: StoppedBySignal, folder: Path) -> str:
     return f"Stopped by {stopped} before the first step: nothing was saved."
 
 
-def check_before_torch(config: RunConfig) -> data.DatasetSources:
+def check_before_torch(config: RunConfig) -> "DatasetSources":
     """Raise UserError for everything that can be known to be wrong without a heavy import.
 
     Returns the sources of the dataset, of which local files have been opened.
     """
-    check_recipe_files(config)
-    sources = data.check_sources(config.dataset, config.trainer.method)
+    # First what needs no file of a dataset or model, nor the imports that read them.
     check_requirements(config.model, config.trainer.args)
-    model.check_model_path(config.model)
-    check_max_length(config)
-    check_packing_support(config)
-    check_names_in_files(config)
-    if config.chat.template is not None:
-        try:
-            check_template_syntax(config.chat.template)
-        except ChatError as error:
-            raise UserError(f"chat.template: {error}") from error
+    _check_template(config, read_template)
+    check_recipe_files(config)
+    # A folder of weights names their layers sooner than rows are read, unlike the hub or GGUF.
+    is_model_here = Path(config.model.path).is_dir()
+    if is_model_here:
+        _check_model_files(config)
+    from luthier import data
+
+    sources = data.check_sources(config.dataset, config.trainer.method)
+    if not is_model_here:
+        _check_model_files(config)
+    from luthier.chat.template import check_template_syntax
+    from luthier.data.batching.settings import read_batching_settings
+    from luthier.model.source import check_model_path
+    from luthier.train import reward_checks, trackers
+    from luthier.train.launch.checks import check_launch_request
+    from luthier.train.launch.fsdp import check_fsdp_launch
+
+    _check_template(config, check_template_syntax)
     if config.trainer.teacher is not None:
-        model.check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
+        check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     reward_checks.check_reward_sources(config.trainer.rewards)
     trackers.check_trackers_installed(config)
     read_batching_settings(config)
@@ -104,6 +103,28 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     check_launch_request(config.trainer.args)
     check_fsdp_launch(config)
     return sources
+
+
+def _check_model_files(config: RunConfig) -> None:
+    """Raise UserError for a model that is not there, and settings that do not fit its files."""
+    from luthier.model.adapter_targets import check_names_in_files
+    from luthier.model.packing_support import check_packing_support
+    from luthier.model.positions import check_max_length
+    from luthier.model.source import check_model_path
+
+    check_model_path(config.model)
+    check_max_length(config)
+    check_packing_support(config)
+    check_names_in_files(config)
+
+
+def _check_template(config: RunConfig, check: Callable[[str], object]) -> None:
+    """Raise UserError, naming the setting, where a check of the chat template raises an error."""
+    if config.chat.template is not None:
+        try:
+            check(config.chat.template)
+        except ChatError as error:
+            raise UserError(f"chat.template: {error}") from error
 
 
 def _print_on_first_rank(text: str) -> None:
@@ -130,6 +151,11 @@ def _check_and_train(
     if code is not None:
         _print_on_first_rank(code)
     sources = check_before_torch(loaded.config)
+    from luthier.record.checkpoints import list_checkpoints
+    from luthier.record.config_diff import describe_config_changes
+    from luthier.storage.output_folder import name_some
+    from luthier.train.launch.checks import refuse_changed_launch
+
     with _open_run_dir(loaded, folder) as run_dir:
         # The others wait for the first process, which alone has the folder.
         if run_dir.state != "finished" and os.environ.get("RANK", "0") == "0":
@@ -146,8 +172,11 @@ def _check_and_train(
                 )
         # torch comes with these two, and each of them is needed in one of the cases only.
         if run_dir.state == "finished":
-            refuse_damaged_model(folder)
+            from luthier.record.record import read_record
+            from luthier.record.run_dir import refuse_damaged_model
             from luthier.train import console
+
+            refuse_damaged_model(folder)
 
             if os.environ.get("RANK", "0") == "0":
                 console.print_line("This run is finished already. overwrite=true trains it again.")
@@ -168,6 +197,10 @@ def _compare_code(loaded: "LoadedConfig", folder: Path, is_finished: bool) -> No
 
     Raises UserError where the run cannot go on with them.
     """
+    from luthier.record.checkpoints import list_checkpoints
+    from luthier.record.config_diff import find_code_changes
+    from luthier.record.record import read_record
+
     changes = find_code_changes(read_record(folder), loaded.resolved)
     if is_finished:
         for change in changes:
@@ -186,11 +219,13 @@ def _compare_code(loaded: "LoadedConfig", folder: Path, is_finished: bool) -> No
             print(f"{change}, which changes nothing of the training by itself")
 
 
-def _open_run_dir(loaded: "LoadedConfig", folder: Path) -> AbstractContextManager[RunDir]:
+def _open_run_dir(loaded: "LoadedConfig", folder: Path) -> "AbstractContextManager[RunDir]":
     """Take the run's directory on the first rank; the others only look whether all is done.
 
     A dry run writes nothing, so it takes nothing either.
     """
+    from luthier.record.run_dir import RunDir, inspect_run, is_run_finished, open_run
+
     config = loaded.config
     # From the environment, as torch is not imported yet.
     if int(os.environ.get("RANK", "0")) > 0:

@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from luthier.data.rows import BadRow, Row
 from luthier.data.sources.arrow import read_batch_rows
@@ -75,6 +74,8 @@ def _endpoint() -> str:
 @lru_cache(maxsize=1)
 def _is_reachable() -> bool:
     """Return whether the hub answers at all; behind a proxy only the proxy could say."""
+    from urllib.request import getproxies
+
     url = urlsplit(_endpoint())
     if url.scheme in getproxies():
         return True

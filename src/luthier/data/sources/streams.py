@@ -22,7 +22,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 from zipfile import ZipExtFile, ZipFile
 
 from luthier.data.sources.options import describe_other_file
@@ -97,6 +96,9 @@ class WebFile:
 
     def open(self) -> io.BufferedReader:
         """Return the bytes as the server sends them; they can be read once, front to back."""
+        # With it comes TLS, which files on this machine do not need.
+        from urllib.request import Request, urlopen
+
         request = Request(self.url, headers=dict(self.headers))
         return io.BufferedReader(_WebResponse(urlopen(request, timeout=WEB_TIMEOUT_SECONDS)))
 
