@@ -210,7 +210,8 @@ def test_a_missing_file_of_a_recipe_is_answered_with_the_command_that_makes_it(
 
 
 def test_only_files_that_the_recipe_itself_names_are_answered_so(workplace):
-    typed = ["dataset.path=./a.jsonl", "dataset.eval.path=./b.jsonl", "model.path=./other"]
+    too_long = "b" * 5000
+    typed = ["dataset.path=./a", f"dataset.eval.path=./{too_long}", "model.path=./other"]
     recipes.check_recipe_files(load_config(["recipe=tiny_vision", *typed]).config)
     recipes.check_recipe_files(load_config(["recipe=quickstart", *typed]).config)
     workplace("tiny_vision/model/config.json", "")

@@ -78,7 +78,8 @@ def check_before_torch(config: RunConfig) -> "DatasetSources":
     _check_template(config, read_template)
     check_recipe_files(config)
     # A folder of weights names their layers sooner than rows are read, unlike the hub or GGUF.
-    is_model_here = Path(config.model.path).is_dir()
+    # pathlib (3.11) raises an error for a name that is too long.
+    is_model_here = os.path.isdir(config.model.path)  # noqa: PTH112
     if is_model_here:
         _check_model_files(config)
     from luthier import data
