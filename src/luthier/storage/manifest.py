@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,6 @@ def _check_sizes(files: dict[str, Path], content: dict[str, Any]) -> None:
 
 def _hashes(files: list[Path]) -> Iterator[list[str]]:
     """The SHA-256 of each block of each file; an empty file has one, of nothing."""
-    from concurrent.futures import ThreadPoolExecutor
-
     starts = [range(0, max(file.stat().st_size, 1), BLOCK) for file in files]
     # hashlib lets go of the interpreter's lock, so threads are enough.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
