@@ -308,7 +308,7 @@ def print_report(survey: Survey) -> None:
     if is_mixed(shares):
         console.print(Text(f"\nmixture of an epoch (dataset.mix={mix})", style="bold"))
         print_table(console, mixture_table(shares))
-    _show_lines(console, "labels that train", label_lines(survey))
+    _show_lines(console, "labels", label_lines(survey))
     _show_lines(console, "equal rows", duplicate_lines(survey))
     _show_lines(console, "evaluation", held_out_lines(survey))
     print_lengths(console, survey.train)
