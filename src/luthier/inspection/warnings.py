@@ -287,7 +287,7 @@ def _few_steps(facts: RunFacts, steps_per_epoch: int, steps: int) -> Iterator[Ru
     rows, count = pluralize(facts.rows, "row"), pluralize(steps, "optimizer step")
     yield RunWarning(
         "trainer.args.num_train_epochs",
-        f"the {rows} make {count} in all, which rarely changes what a model does.",
+        f"training takes {count} in all, over {rows}, which rarely changes what a model does.",
         fix,
     )
 
