@@ -65,12 +65,12 @@ EVEN = [100] * 400
             "trainer.args.max_steps=-1 trainer.args.num_train_epochs=4", id="steps are epochs",
         ),
         pytest.param(
-            LORA, {"lengths": [100] * 8}, "the 8 rows make 2 optimizer steps in all",
+            LORA, {"lengths": [100] * 8}, "training takes 2 optimizer steps in all, over 8 rows",
             "trainer.args.num_train_epochs=8", id="few steps",
         ),
         pytest.param(
             (*LORA, "trainer.args.gradient_accumulation_steps=16"), {"lengths": EVEN},
-            "make 7 optimizer steps", "trainer.args.gradient_accumulation_steps=1",
+            "training takes 7 optimizer steps", "trainer.args.gradient_accumulation_steps=1",
             id="accumulation leaves few steps",
         ),
         pytest.param(
