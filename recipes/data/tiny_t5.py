@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
 NOTES = Path(__file__).parent / "tiny.notes.train.jsonl"
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -51,10 +52,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiny_t5"), help="folder to fill")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other weights")
     args = parser.parse_args()
+    disable_progress_bar()
     rows = [json.loads(line) for line in NOTES.read_text("utf-8").splitlines()]
     tokenizer = make_tokenizer([row[side] for row in rows for side in ("source", "target")])
     make_model(len(tokenizer), args.seed).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    print(f"wrote {args.out}: the model and its tokenizer")
 
 
 if __name__ == "__main__":

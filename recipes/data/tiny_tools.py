@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 HIGHEST = 20
 """The numbers of a sum are below it."""
@@ -158,8 +159,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiny_tools"), help="folder to fill")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other weights")
     args = parser.parse_args()
+    disable_progress_bar()
     train, held_out = make_rows(args.seed)
     tokenizer = make_tokenizer()
+    print("teaching a tiny model to add, which takes about a minute", flush=True)
     model = make_model(len(tokenizer), args.seed)
     teach(model, tokenizer, train, args.seed)
     model.save_pretrained(args.out)
@@ -167,6 +170,8 @@ def main() -> None:
     for name, rows in (("train", train), ("heldout", held_out)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (args.out / f"sums.{name}.jsonl").write_text(text, "utf-8")
+    counts = f"{len(train)} sums to train on and {len(held_out)} held out"
+    print(f"wrote {args.out}: the model, its tokenizer, {counts}")
 
 
 if __name__ == "__main__":

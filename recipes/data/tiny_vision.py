@@ -25,10 +25,13 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 COLOURS = {
     "red": (214, 40, 40), "green": (46, 160, 67), "blue": (37, 99, 235), "yellow": (240, 196, 25),
 }  # fmt: skip
+PICTURES, HELD_OUT = 720, 48
+"""How many pictures are drawn to train on, and how many are held out."""
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
 SHAPES = ("square", "circle", "triangle")
 QUESTIONS = {
@@ -166,13 +169,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiny_vision"), help="folder to fill")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other ones")
     args = parser.parse_args()
+    disable_progress_bar()
     chance = random.Random(args.seed)
     train, held_out = split_scenes(chance)
-    write_rows(args.out, "train", train, 720, chance)
-    write_rows(args.out, "heldout", held_out, 48, chance)
+    for side, scenes, count in (("train", train, PICTURES), ("heldout", held_out, HELD_OUT)):
+        write_rows(args.out, side, scenes, count, chance)
     tokenizer = make_tokenizer()
     make_model(tokenizer, args.seed).save_pretrained(args.out / "model")
     make_processor(tokenizer).save_pretrained(args.out / "model")
+    pictures = f"{PICTURES} pictures to train on and {HELD_OUT} held out"
+    print(f"wrote {args.out}: the model, its processor, {pictures}, with two rows each")
 
 
 if __name__ == "__main__":

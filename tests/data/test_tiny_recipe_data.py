@@ -117,6 +117,25 @@ def test_every_class_has_rows_enough():
         assert all(labels.count(label) >= least for label in set(labels))
 
 
+SCRIPTS = {
+    "tiny_t5": "the model and its tokenizer",
+    "tiny_vision": "the model, its processor, 720 pictures to train on and 48 held out",
+    "tiny_tools": "the model, its tokenizer, ",
+}
+
+
+LONG = pytest.param("tiny_tools", marks=[pytest.mark.train, pytest.mark.long])
+
+
+@pytest.mark.parametrize("name", ["tiny_t5", "tiny_vision", LONG])
+def test_a_script_says_what_it_wrote_and_nothing_else(name, tmp_path):
+    words = [sys.executable, FOLDER / f"{name}.py"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1].startswith(f"wrote {name}: {SCRIPTS[name]}")
+    assert (result.stdout.count("\n"), result.stderr) == (1 + (name == "tiny_tools"), "")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.fixture(scope="module")
 def pictures():
     """The module that draws the pictures of tiny_vision."""
