@@ -8,7 +8,8 @@ import pytest
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model import check_model_path, source
+from luthier.model import source
+from luthier.model.source import check_model_path
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_a_wrong_tokenizer_is_told_under_its_own_key(place):
 def test_gguf_without_its_reader_names_the_extra(place):
     program = (
         "import sys; sys.modules['gguf'] = None\n"
-        "from luthier.model import check_model_path\n"
+        "from luthier.model.source import check_model_path\n"
         "from luthier.config.schema import ModelConfig\n"
         "check_model_path(ModelConfig(path='good.gguf'))"
     )
@@ -93,7 +94,7 @@ CHECK = """
 import sys
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model import check_model_path
+from luthier.model.source import check_model_path
 try:
     check_model_path(ModelConfig(path=sys.argv[1]))
 except UserError as error:

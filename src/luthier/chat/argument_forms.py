@@ -22,6 +22,9 @@ WriteArguments = Callable[[dict[str, Any]], str]
 KEYS = ("zqkey1", "zqkey2", "zqkey3")
 NUMBERS = (71001, 71002, 71003)
 """Keys and values of made-up arguments: they stand in no template."""
+Notation = Literal["json", "json text", "python"]
+_OPENINGS: tuple[tuple[Notation, str], ...] = (("json", "{"), ("json text", '"'), ("python", "{"))
+"""How a text of each notation begins."""
 _ALL_TYPES = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 KEY_MARK = "\0"
@@ -88,7 +91,7 @@ def read_python(text: str, position: int) -> tuple[Any, int]:
 class WholeArguments:
     """Arguments that are written in one piece: as JSON, JSON text within JSON, or Python's dict."""
 
-    def __init__(self, notation: Literal["json", "json text", "python"], lead: str) -> None:
+    def __init__(self, notation: Notation, lead: str) -> None:
         self.notation, self.lead = notation, lead
 
     def parse(self, text: str, position: int, schema: dict[str, Any]) -> tuple[Any, int]:
@@ -110,10 +113,10 @@ class WholeArguments:
 def find_whole_arguments(text: str, arguments: dict[str, Any]) -> tuple[WholeArguments, int] | None:
     """Return the form in which a text holds the arguments in one piece, and where they start."""
     key = text.index(next(iter(arguments)))
-    for notation, opening in (("json", "{"), ("json text", '"'), ("python", "{")):
+    for notation, opening in _OPENINGS:
         start = key
         while (start := text.rfind(opening, 0, start)) >= 0:
-            form = WholeArguments(notation, text[start:key])  # type: ignore[arg-type]
+            form = WholeArguments(notation, text[start:key])
             try:
                 value, _ = form.parse(text, start, {})
             except ReplySyntaxError:

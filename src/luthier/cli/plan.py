@@ -48,17 +48,17 @@ def run(arguments: list[str]) -> int:
         return 0
     parsed = COMMAND_LINE.parse(arguments)
     # Imported behind the flags, so that `--help` and a wrong flag answer at once.
-    from luthier import model
     from luthier.config import load_config
     from luthier.config.recipes import check_recipe_files
     from luthier.environment import set_environment
+    from luthier.model.source import check_model_path
 
     # The flags come first: composing the config takes longer than reading a wrong --memory.
     hardware = _imagined(parsed)
     config = load_config(parsed.overrides, TRUST.name in parsed.switches).config
     # A wrong path is reported before transformers is imported to read the model's config.json.
     check_recipe_files(config, ["model.path"])
-    model.check_model_path(config.model)
+    check_model_path(config.model)
     set_environment(config)
     memory_plan, advice = plan_and_advise(config, hardware, parsed)
     if "--json" in parsed.switches:

@@ -22,17 +22,18 @@ def run(arguments: list[str]) -> int:
     if COMMAND_LINE.asks_help(arguments):
         return 0
     parsed = COMMAND_LINE.parse(arguments)
-    from luthier import data, model
+    from luthier import data
     from luthier.config import load_config
     from luthier.config.recipes import check_recipe_files
     from luthier.environment import set_environment
     from luthier.model.positions import check_max_length
+    from luthier.model.source import check_model_path
 
     config = load_config(parsed.overrides, TRUST.name in parsed.switches).config
     # Cheap mistakes first: files and the model's path are checked before torch is imported.
     check_recipe_files(config)
     sources = data.check_sources(config.dataset, config.trainer.method)
-    model.check_model_path(config.model)
+    check_model_path(config.model)
     check_max_length(config)
     set_environment(config)
     # After set_environment: the libraries read their variables when they are imported.

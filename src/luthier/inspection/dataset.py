@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier import data, model
+from luthier import data
 from luthier.config import load_config
 from luthier.config.methods import check_example_type
 from luthier.config.recipes import DATA_PATHS, check_recipe_files
@@ -14,6 +14,7 @@ from luthier.data.examples import OpenedSource, eval_set_name, format_key
 from luthier.environment import set_environment
 from luthier.inspection.readers import Readers
 from luthier.model.positions import check_max_length
+from luthier.model.source import check_model_path
 from luthier.model.tokenizer import (
     check_vocabulary_in_files,
     end_token_ids,
@@ -65,7 +66,7 @@ def open_dataset(config: RunConfig, bad_rows: bool = False) -> LoadedDataset:
     sources = data.check_sources(config.dataset.model_copy(update=lenient))
     batching = read_batching_settings(config)
     if needs_model:
-        model.check_model_path(config.model)
+        check_model_path(config.model)
     check_max_length(config)
     set_environment(config)
     trained, evaluated = sources.open_train(), sources.open_eval()

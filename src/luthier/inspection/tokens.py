@@ -13,6 +13,7 @@ from luthier.data.images.reader import ImageRef, ReadImage
 from luthier.inspection.dataset import LoadedDataset
 from luthier.inspection.readers import TIED, InspectedRow, RowPart
 from luthier.inspection.statistics import SelectedRows, read_examples
+from luthier.terminal import pluralize
 
 TokenKind = Literal["trained", "context", "control"]
 ReadBytes = Callable[[], bytes]
@@ -136,7 +137,7 @@ class DisplayedSequence:
         if not self.tokens:
             return "no tokens"
         count = len(self.tokens)
-        counts = f"{count:,} {'token' if count == 1 else 'tokens'}"
+        counts = pluralize(count, "token")
         # Nothing of a prompt or of a text with a label trains, which says nothing of its row.
         if self.name is None or self.trained:
             counts += f", {self.trained:,} trained ({self.trained / count:.0%})"

@@ -11,6 +11,7 @@ sees them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,17 +118,17 @@ class ReplyEncoder:
         Raises ChatError, with the example's number, for one that the settings do not allow to drop
         or keep.
         """
-        compared = []
-        for number, (example, judged) in enumerate(
-            zip(examples, self._judged(examples), strict=True)
+        results = []
+        for number, (example, compared) in enumerate(
+            zip(examples, self._compare(examples), strict=True)
         ):
-            if judged and self._is_long(judged):
-                judged = self._fitted(example, judged, number)
-            if not judged and judged.problem and self._stops_at(judged.problem[0]):
-                reason, description = judged.problem
+            if compared and self._is_long(compared):
+                compared = self._fitted(example, compared, number)
+            if not compared and compared.problem and self._stops_at(compared.problem[0]):
+                reason, description = compared.problem
                 raise ChatError(description, reason=reason, row=number)
-            compared.append(judged)
-        return compared
+            results.append(compared)
+        return results
 
     def conversations(self, example: Example) -> list[dict[str, Any]]:
         """The conversation with each reply of an example, in which nothing else trains."""
@@ -135,7 +136,7 @@ class ReplyEncoder:
         roles = {"assistant"} if isinstance(train_on, str) else set(train_on)
         return [_conversation(example, name, roles) for name in self._names]
 
-    def _judged(self, examples: Sequence[Example]) -> Iterator[ComparedReplies]:
+    def _compare(self, examples: Sequence[Example]) -> Iterator[ComparedReplies]:
         """The replies of each example, however long."""
         count = len(self._names)
         conversations = [
@@ -190,18 +191,20 @@ class ReplyEncoder:
             return self._chat.empty_replies == "error"
         return reason != "nothing to train" and self._chat.on_lost != "drop"
 
-    def _is_long(self, judged: ComparedReplies) -> bool:
-        return self._limit is not None and self._length(judged) > self._limit
+    def _is_long(self, compared: ComparedReplies) -> bool:
+        return self._limit is not None and self._length(compared) > self._limit
 
-    def _length(self, judged: ComparedReplies) -> int:
+    def _length(self, compared: ComparedReplies) -> int:
         """Tokens of the longest sequence."""
         if self._whole:
-            return max(len(reply.whole) for reply in judged.replies)
-        return len(judged.prompt) + max(len(reply.ids) for reply in judged.replies)
+            return max(len(reply.whole) for reply in compared.replies)
+        return len(compared.prompt) + max(len(reply.ids) for reply in compared.replies)
 
-    def _fitted(self, example: Example, judged: ComparedReplies, number: int) -> ComparedReplies:
+    def _fitted(self, example: Example, compared: ComparedReplies, number: int) -> ComparedReplies:
         """The example with as few turns less at the front of its prompt as make it fit."""
-        description = f"it has {self._length(judged)} tokens, and chat.max_length is {self._limit}"
+        description = (
+            f"it has {self._length(compared)} tokens, and chat.max_length is {self._limit}"
+        )
         if self._on_long != "turns":
             return ComparedReplies(problem=("too long", description))
         best = ComparedReplies(
@@ -213,7 +216,7 @@ class ReplyEncoder:
             middle = (low + high) // 2
             prompt = [example["prompt"][message] for message in kept_messages[middle]]
             try:
-                (tried,) = self._judged([{**example, "prompt": prompt}])
+                (tried,) = self._compare([{**example, "prompt": prompt}])
             except ChatError as error:
                 raise error.in_row(number) from error
             if tried and not self._is_long(tried):
@@ -279,7 +282,7 @@ Values = dict[str, Any]
 CHOSEN_AND_REJECTED = ("chosen", "rejected")
 
 
-class PreferenceRowEncoder:
+class PreferenceRowEncoder(ABC):
     """What the encoders share. It pickles."""
 
     kind: ClassVar[str]
@@ -328,9 +331,9 @@ class PreferenceRowEncoder:
         """The conversation with each reply of an example, in the order of `names`."""
         return self._replies.conversations(example)
 
-    def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
+    @abstractmethod
+    def rows(self, example: Example, compared: ComparedReplies) -> list[Values]:
         """The rows that an example makes: one value for each column."""
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return type(self), self._given
@@ -346,13 +349,13 @@ class PreferenceEncoder(PreferenceRowEncoder):
     kind = "preference"
     names = CHOSEN_AND_REJECTED
 
-    def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
+    def rows(self, example: Example, compared: ComparedReplies) -> list[Values]:
         """One row."""
-        lengths = [len(judged.prompt) + len(reply.ids) for reply in judged.replies]
-        values: Values = {"prompt_ids": judged.prompt}
-        for name, reply in zip(self.names, judged.replies, strict=True):
+        lengths = [len(compared.prompt) + len(reply.ids) for reply in compared.replies]
+        values: Values = {"prompt_ids": compared.prompt}
+        for name, reply in zip(self.names, compared.replies, strict=True):
             values |= {f"{name}_ids": reply.ids, f"{name}_spans": reply.spans}
-        trained = sum(reply.trained for reply in judged.replies)
+        trained = sum(reply.trained for reply in compared.replies)
         return [values | _sizes(trained, lengths)]
 
 
@@ -366,17 +369,17 @@ class UnpairedEncoder(PreferenceRowEncoder):
     kind = "unpaired"
     names: ClassVar[Sequence[str]] = ("completion",)
 
-    def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
+    def rows(self, example: Example, compared: ComparedReplies) -> list[Values]:
         """One row for each reply."""
         return [
             {
-                "prompt_ids": judged.prompt,
+                "prompt_ids": compared.prompt,
                 "completion_ids": reply.ids,
                 "completion_spans": reply.spans,
                 "label": int(good),
-                **_sizes(reply.trained, [len(judged.prompt) + len(reply.ids)]),
+                **_sizes(reply.trained, [len(compared.prompt) + len(reply.ids)]),
             }
-            for reply, good in zip(judged.replies, self.verdicts(example), strict=True)
+            for reply, good in zip(compared.replies, self.verdicts(example), strict=True)
         ]
 
     def verdicts(self, example: Example) -> list[bool]:
@@ -406,9 +409,9 @@ class RewardEncoder(PreferenceRowEncoder):
     names = CHOSEN_AND_REJECTED
     whole = True
 
-    def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
+    def rows(self, example: Example, compared: ComparedReplies) -> list[Values]:
         """One row."""
-        whole = [reply.whole for reply in judged.replies]
+        whole = [reply.whole for reply in compared.replies]
         named = {f"{name}_ids": ids for name, ids in zip(self.names, whole, strict=True)}
         return [named | _sizes(1, [*map(len, whole)])]
 

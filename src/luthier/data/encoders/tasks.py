@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, chain
@@ -45,7 +46,7 @@ class TaskRow(NamedTuple):
     problem: RowProblem | None = None
 
 
-class TaskEncoder:
+class TaskEncoder(ABC):
     """What the encoders share: texts as `tokenizer(text)` gives them, cut at the end if too long.
 
     Text never becomes a control token, as in chats. It pickles.
@@ -104,21 +105,20 @@ class TaskEncoder:
             outcomes.append(row_outcome(1 if row.values else 0, row.problem, cut_turns))
         return EncodedRows(columns, outcomes)
 
+    @abstractmethod
     def _columns(self) -> tuple[str, ...]:
         """The names of the columns."""
-        raise NotImplementedError
 
-    def _texts(self, example: Example) -> list[str]:
-        """The texts of an example."""
-        raise NotImplementedError
-
-    def _row(self, example: Example, texts: TextIds) -> TaskRow:
-        """The row of an example, whose texts have these ids; raises TooLong."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _text_ids(self, examples: Sequence[Example]) -> Iterator[TextIds]:
         """The ids of each example's texts."""
-        texts = [self._texts(example) for example in examples]
+
+    @abstractmethod
+    def _row(self, example: Example, texts: TextIds) -> TaskRow:
+        """The row of an example, whose texts have these ids; raises TooLong."""
+
+    def _encode_texts(self, texts: Sequence[Sequence[str]]) -> Iterator[TextIds]:
+        """The ids of texts, in the order of the examples that have them."""
         ids = self._text.encode(chain.from_iterable(texts))
         for number, row in enumerate(texts):
             try:
@@ -162,8 +162,11 @@ class ClassificationEncoder(TaskEncoder):
         types = () if self._frame.types is None else ("token_type_ids",)
         return ("input_ids", "label", "trained", *types)
 
-    def _texts(self, example: Example) -> list[str]:
-        return [example[name] for name in ("text", "text_pair") if name in example]
+    def _text_ids(self, examples: Sequence[Example]) -> Iterator[TextIds]:
+        names = ("text", "text_pair")
+        return self._encode_texts(
+            [[example[name] for name in names if name in example] for example in examples]
+        )
 
     def _row(self, example: Example, texts: TextIds) -> TaskRow:
         if not any(texts):
@@ -271,8 +274,8 @@ class Seq2SeqEncoder(TaskEncoder):
     def _columns(self) -> tuple[str, ...]:
         return ("input_ids", "labels", "trained")
 
-    def _texts(self, example: Example) -> list[str]:
-        return [example["source"], example["target"]]
+    def _text_ids(self, examples: Sequence[Example]) -> Iterator[TextIds]:
+        return self._encode_texts([[each["source"], each["target"]] for each in examples])
 
     def _row(self, example: Example, texts: TextIds) -> TaskRow:
         source, target = texts
